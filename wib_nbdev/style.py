@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'COLOURS', 'MARKERS', 'THEORY', 'BAND', 'colour', 'label', 'new_axes', 'panels', 'plot_band', 'plot_palette']
 
-# %% ../nbs/00_style.ipynb #4be9272c
+# %% ../nbs/00_style.ipynb #c03a6b27
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .config import check_number, one_of
+from .config import one_of
 
 # %% ../nbs/00_style.ipynb #c9d4d94c
 LABELS = {
