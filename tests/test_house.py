@@ -33,8 +33,9 @@ def imported_modules(tree: ast.AST) -> set[str]:
 
 
 def test_there_is_a_plan():
-    assert ORDER[:5] == ['style', 'variance', 'initializers', 'mean_shift', 'activations']
-    assert [int(notebook.stem[:2]) for notebook in NOTEBOOKS] == sorted({int(notebook.stem[:2]) for notebook in NOTEBOOKS})
+    assert ORDER[:6] == ['config', 'style', 'variance', 'initializers', 'mean_shift', 'activations']
+    numbers = [int(notebook.stem[:2]) for notebook in NOTEBOOKS]
+    assert numbers[:2] == [0, 0] and numbers[1:] == sorted(set(numbers)), 'one number each, but for the two prefaces'
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
@@ -106,7 +107,8 @@ def test_make_alone_prints_the_targets():
 @pytest.fixture
 def bare_clone(tmp_path):
     "A folder with what the Makefile reads, and no environment."
-    for name in ('Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md'): (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for name in ('Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md'):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     return tmp_path
 
 

@@ -91,7 +91,8 @@ def test_weights_are_proportional_to_the_gain(gain, scheme):
 
 @pytest.mark.parametrize('scheme', ['standard', 'alexnet', 'pytorch_default', 'pytorch_sqrt3'])
 def test_no_gain_to_replace(scheme):
-    with pytest.raises(ValueError, match=re.escape(f'gain=2.0: scheme={scheme!r} has none')): init_weights(nn.Linear(2, 2), scheme, gain=2.0)
+    with pytest.raises(ValueError, match=re.escape(f'gain=2.0: scheme={scheme!r} has none')):
+        init_weights(nn.Linear(2, 2), scheme, gain=2.0)
 
 
 def test_bias_by_argument():

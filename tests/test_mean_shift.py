@@ -82,7 +82,9 @@ def test_lognormal():
     assert moments.mean == pytest.approx(math.exp(0.5), abs=1e-8) and moments.second_moment == pytest.approx(math.exp(2), abs=1e-7)
 
 
-@pytest.mark.parametrize('fn', [lambda z: torch.exp(z**2 / 3), lambda z: torch.exp(z**2), torch.log, lambda z: 1 / z, lambda z: z * math.inf])
+@pytest.mark.parametrize('fn', [
+    lambda z: torch.exp(z**2 / 3), lambda z: torch.exp(z**2), torch.log, lambda z: 1 / z, lambda z: z * math.inf,
+])
 def test_no_moments_no_number(fn):
     with pytest.raises(ValueError, match='do not converge'): gaussian_moments(fn)
 

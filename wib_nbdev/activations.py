@@ -7,7 +7,7 @@ __all__ = ['EQ7_SHIFT', 'CENTRED_GAIN', 'CENTRED_SHIFT', 'ACTIVATIONS', 'wib_rel
            'WIBReLUBatch', 'WIBReLUCode', 'predict_depth', 'simulate_depth', 'plot_depth', 'ZeroMean',
            'make_activation']
 
-# %% ../nbs/04_activations.ipynb #a546b924
+# %% ../nbs/04_activations.ipynb #117cb489
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,9 +28,11 @@ from .variance import plot_trials, simulate_layer
 # %% ../nbs/04_activations.ipynb #e5f16a3d
 EQ7_SHIFT = relu_moments(math.sqrt(2)).mean  # Eq. 7 under Kaiming initialisation: 1/sqrt(pi), about 0.564
 
-# %% ../nbs/04_activations.ipynb #1311d16e
+# %% ../nbs/04_activations.ipynb #66b92272
 class _ShiftedReLU(torch.autograd.Function):
     "relu(x) - shift that keeps only its output for the backward pass: the tensor that the next layer keeps anyway."
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, shift: Any) -> Tensor: return x.clamp_min(0).sub_(shift)
 
@@ -45,10 +48,11 @@ class _ShiftedReLU(torch.autograd.Function):
         if shift: return gradient * (output > -shift[0]), None
         return torch.ops.aten.threshold_backward(gradient, output, -ctx.shift), None
 
-# %% ../nbs/04_activations.ipynb #d07436ff
+# %% ../nbs/04_activations.ipynb #c0cf6f02
 def _subtract(x: Tensor, shift: float | Tensor) -> Tensor:
     "max(0, x) - shift; `TypeError` if x is not floating."
-    if not x.is_floating_point(): raise TypeError(f'x: must be a floating tensor, not {x.dtype}')
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        raise TypeError(f'x: must be a floating tensor, not {x.dtype if isinstance(x, Tensor) else type(x).__name__}')
     if x.requires_grad and torch.is_grad_enabled(): return _ShiftedReLU.apply(x, shift)
     return x.clamp_min(0).sub_(shift)
 
@@ -204,7 +208,7 @@ def simulate_depth(
             rows.append(dict(network=network, layer=layer, mean=x.mean().item(), std=x.std(correction=0).item()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/04_activations.ipynb #c5cee2a8
+# %% ../nbs/04_activations.ipynb #14326580
 def plot_depth(
     measured:dict[str, pd.DataFrame], # by activation name: frames of `simulate_depth`
     theory:dict[str, pd.DataFrame], # by activation name: frames of `predict_depth`
@@ -218,10 +222,10 @@ def plot_depth(
         centre = frame.groupby('layer')[stat].mean()
         ax.plot(centre, 'o', markersize=4, color=colour(name), label=label(name))
         ax.plot(theory[name]['layer'], theory[name][stat], **THEORY)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
-# %% ../nbs/04_activations.ipynb #3e6cdf38
+# %% ../nbs/04_activations.ipynb #2b7f6ae3
 class ZeroMean(nn.Module):
     "Any elementwise activation, shifted so that a preact of N(0, preact_std^2) leaves it with mean 0; scaled to variance 1 on request."
     def __init__(
@@ -233,6 +237,7 @@ class ZeroMean(nn.Module):
         super().__init__()
         self.fn, self.preact_std = fn, preact_std
         moments = gaussian_moments(fn, preact_std)
+        if unit_variance and moments.var < 1e-12: raise ValueError(f'unit_variance=True: fn={fn!r} is constant at preact_std={preact_std!r}')
         self.mean, self.scale = moments.mean, 1 / math.sqrt(moments.var) if unit_variance else 1.0
 
     def forward(

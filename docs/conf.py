@@ -1,0 +1,23 @@
+"""Sphinx over nbdev's processed notebooks: what the site shows was run when it was committed, nothing is run here."""
+from configparser import ConfigParser
+from pathlib import Path
+
+facts = ConfigParser(delimiters=['='])
+facts.read(Path(__file__).parents[1] / 'settings.ini', encoding='utf-8')
+facts = facts['DEFAULT']
+
+project = facts['title']
+author = facts['author']
+copyright = facts['copyright']
+version = release = facts['version']
+
+extensions = ['myst_nb']
+nb_execution_mode = 'off'
+nb_merge_streams = True
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'smartquotes']
+myst_heading_anchors = 3
+exclude_patterns = ['_build']
+html_theme = 'furo'
+html_title = project
+html_show_sourcelink = False
+html_copy_source = False

@@ -1,0 +1,259 @@
+"""WIB-ReLU where engineers put it: dtypes, layouts, compilers, exporters, checkpoints; and the identities for all inputs."""
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from wib_nbdev.activations import ACTIVATIONS, EQ7_SHIFT, WIBReLU, WIBReLUBatch, WIBReLUCode, ZeroMean, make_activation, wib_relu
+from wib_nbdev.mean_shift import gaussian_moments
+
+numbers = st.floats(-1e3, 1e3, width=32)
+tensors = st.lists(numbers, min_size=1, max_size=50).map(torch.tensor)
+some = settings(deadline=None, max_examples=50)
+UNITS = {'number': lambda: WIBReLU(0.3), 'per channel': lambda: WIBReLU(torch.tensor([0.1, 0.2, 0.3]))}
+
+
+def images(*shape: int, seed: int = 0, **kw) -> torch.Tensor:
+    return torch.randn(shape or (4, 3, 8, 8), generator=torch.Generator().manual_seed(seed), **kw)
+
+
+@given(tensors, numbers)
+@some
+def test_is_relu_minus_shift_and_a_clamp(x, shift):
+    "Exactly, in floating point: rounding is monotone, so the clamp meets -shift from either side."
+    expected = F.relu(x) - torch.tensor(shift)
+    assert torch.equal(wib_relu(x, shift), expected)
+    assert torch.equal((x - shift).clamp_min(-torch.tensor(shift)), expected)
+
+
+@given(tensors, st.floats(-3, 3))
+@some
+def test_gradient_is_relus(x, shift):
+    big = x[(x.abs() > 1e-3) | (x == 0)]
+    ours, theirs = big.clone().requires_grad_(), big.clone().requires_grad_()
+    wib_relu(ours, shift).sum().backward()
+    F.relu(theirs).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_gradcheck_of_the_module(unit):
+    x = images(2, 3, 2, 2, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(unit().double(), x) and torch.autograd.gradgradcheck(unit().double(), x)
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('grad', [False, True])
+def test_dtype_is_kept(unit, dtype, grad):
+    x = images().to(dtype).requires_grad_(grad)
+    out = unit()(x)
+    shift = torch.as_tensor(unit().shift).view(-1, 1, 1).to(dtype)
+    assert out.dtype == dtype
+    assert_close(out, F.relu(x) - shift)
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize('x', [
+    images().to(memory_format=torch.channels_last), images().transpose(2, 3), images(4, 3, 16, 8)[:, :, ::2], images(0, 3, 8, 8),
+    images(5, 3), images(4, 3, 8), images(2, 3, 4, 4, 4), images(1, 3, 1, 1).expand(4, 3, 8, 8),
+], ids=['channels_last', 'transposed', 'strided', 'empty', 'dense', '1d', '3d', 'expanded'])
+def test_layouts(unit, x):
+    x = x.detach().requires_grad_()
+    module = unit()
+    shift = torch.as_tensor(module.shift).view(-1, *[1] * (x.dim() - 2))
+    out = module(x)
+    assert torch.equal(out, F.relu(x) - shift)
+    out.sum().backward()
+    assert torch.equal(x.grad, (x > 0).float())
+    if x.is_contiguous(memory_format=torch.channels_last) and x.dim() == 4 and x.numel():
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_input_is_not_changed():
+    x = images()
+    before = x.clone()
+    WIBReLU()(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_saved_for_backward_is_no_more_than_relus(unit):
+    def saved(activation: nn.Module) -> int:
+        storages = {}
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+        model = nn.Sequential(nn.Conv2d(3, 3, 3), activation, nn.Conv2d(3, 3, 3))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor): model(images(8, 3, 32, 32))
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    few_bytes = 3 * 4  # the shift of each channel
+    assert saved(unit()) <= saved(nn.ReLU()) + few_bytes
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_autocast(unit):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), unit(), nn.Conv2d(3, 2, 3))
+    with torch.autocast('cpu', torch.bfloat16): out = model(images())
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def small(unit: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 3, 3), unit, nn.Flatten(), nn.Linear(3 * 36, 5))
+
+
+COMPILED = {**UNITS, 'batch': WIBReLUBatch, 'code': WIBReLUCode, 'zero mean': lambda: ZeroMean(F.silu, unit_variance=True)}
+
+
+@pytest.mark.parametrize('unit', COMPILED.values(), ids=COMPILED)
+def test_compile_without_a_graph_break(unit):
+    eager, x = small(unit()), images()
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend='aot_eager')
+    for _ in range(2):
+        for model in (eager, compiled): model(x).square().sum().backward()
+        for ours, theirs in zip(eager.parameters(), compiled.parameters(), strict=True): assert_close(ours.grad, theirs.grad)
+    assert_close(eager.eval()(x), compiled.eval()(x))
+
+
+@pytest.mark.parametrize('unit', COMPILED.values(), ids=COMPILED)
+def test_torch_export(unit):
+    model, x = small(unit()).eval(), images()
+    program = torch.export.export(model, (x,))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    assert_close(torch.export.load(buffer).module()(x), model(x))
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_onnx(unit, tmp_path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, x = small(unit()).eval(), images()
+    torch.onnx.export(model, (x,), tmp_path / 'model.onnx', dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_pickle_and_deepcopy(name):
+    unit, x = make_activation(name).eval(), images()
+    for twin in (pickle.loads(pickle.dumps(unit)), copy.deepcopy(unit)):
+        assert twin is not unit and torch.equal(twin(x), unit(x)) and repr(twin) == repr(unit)
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_state_dict_round_trip(name):
+    unit, other = make_activation(name), make_activation(name)
+    unit(images())  # a running mean moves
+    other.load_state_dict(unit.state_dict())
+    assert torch.equal(other.eval()(images(seed=1)), unit.eval()(images(seed=1)))
+
+
+@pytest.mark.parametrize('saved', UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize('loaded', UNITS.values(), ids=UNITS)
+def test_checkpoint_across_forms(saved, loaded, tmp_path):
+    "Through a file, without unpickling code; a checkpoint's form wins over the module's."
+    source, target = nn.Sequential(nn.Linear(3, 3), saved()), nn.Sequential(nn.Linear(3, 3), loaded())
+    torch.save(source.state_dict(), tmp_path / 'model.pt')
+    target.load_state_dict(torch.load(tmp_path / 'model.pt', weights_only=True))
+    assert torch.equal(target(images(5, 3)), source(images(5, 3)))
+    assert list(target.state_dict()) == ['0.weight', '0.bias', '1.shift']
+
+
+def test_checkpoint_with_a_bad_shift_is_refused():
+    with pytest.raises(ValueError, match='shift=nan'): WIBReLU().load_state_dict({'shift': torch.tensor(math.nan)})
+
+
+def test_moves_with_the_module():
+    unit = WIBReLU(torch.tensor([0.1, 0.2, 0.3])).to(torch.float64)
+    assert unit.shift.dtype == torch.float64
+    assert unit.to('meta').shift.device.type == 'meta'
+    assert isinstance(WIBReLU(torch.tensor(0.25)).shift, float)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_on_a_gpu_without_a_sync(unit):
+    module, x = unit().cuda(), images().cuda().requires_grad_()
+    torch.cuda.set_sync_debug_mode('error')
+    try: module(x).sum().backward()
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert_close(module(x).cpu(), unit()(x.cpu()))
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_function_transforms(unit):
+    model, x = small(unit()), images()
+    parameters = dict(model.named_parameters())
+    loss = lambda parameters: torch.func.functional_call(model, parameters, (x,)).square().sum()
+    gradients = torch.func.grad(loss)(parameters)
+    model(x).square().sum().backward()
+    for name, parameter in parameters.items(): assert_close(gradients[name], parameter.grad)
+
+
+def test_vmap():
+    x = images(6, 3, 8, 8)
+    assert torch.equal(torch.vmap(lambda one: wib_relu(one, 0.3))(x), wib_relu(x, 0.3))
+    per_image = torch.vmap(torch.func.grad(lambda one: wib_relu(one, 0.3).sum()))(x)
+    assert torch.equal(per_image, (x > 0).float())
+
+
+@pytest.mark.parametrize('name', ['wib_relu', 'wib_relu_04', 'wib_relu_centred', 'wib_relu_batch'])
+def test_zero_mean_where_it_should_be(name):
+    preact_std = {'wib_relu': math.sqrt(2), 'wib_relu_04': 0.4 * math.sqrt(2 * math.pi), 'wib_relu_batch': 3.0}.get(name, 1.712859)
+    z = preact_std * images(1_000_000)
+    out = make_activation(name)(z)
+    assert abs(out.mean()) < 5 * out.std() / 1000
+
+
+def test_batch_reading_runs_its_mean():
+    unit, x = WIBReLUBatch(momentum=0.25), images() + 1
+    unit(x)
+    assert_close(unit.running_mean, torch.tensor(0.75 * EQ7_SHIFT) + 0.25 * F.relu(x).mean())
+    before = unit.eval().running_mean.clone()
+    assert_close(unit(x), F.relu(x) - before)
+    assert torch.equal(unit.running_mean, before)
+    with pytest.raises(ValueError, match=r'momentum=1\.5'): WIBReLUBatch(momentum=1.5)
+
+
+def test_code_reading_depends_on_the_batch_even_in_evaluation():
+    unit, x = WIBReLUCode().eval(), images() + 1
+    assert not torch.allclose(unit(x)[:1], unit(x[:1]))
+    assert_close(unit(x), F.relu(x) - x.mean())
+
+
+@given(st.sampled_from([F.relu, F.elu, F.gelu, torch.tanh, F.silu]), st.floats(0.2, 4))
+@settings(deadline=None, max_examples=15)
+def test_zero_mean_is_zero_mean(fn, preact_std):
+    moments = gaussian_moments(ZeroMean(fn, preact_std, unit_variance=True), preact_std)
+    assert moments.mean == pytest.approx(0, abs=1e-7) and moments.var == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize('call, kind, message', [
+    (lambda: WIBReLU(math.nan), ValueError, 'shift=nan'),
+    (lambda: WIBReLU(math.inf), ValueError, 'shift=inf'),
+    (lambda: WIBReLU('0.4'), TypeError, "shift='0.4'"),
+    (lambda: WIBReLU(torch.tensor([1, 2])), ValueError, r'shift of shape \(2,\)'),
+    (lambda: wib_relu(torch.ones(2), math.nan), ValueError, 'shift=nan'),
+    (lambda: wib_relu(torch.ones(2, dtype=torch.int32)), TypeError, r'torch\.int32'),
+    (lambda: wib_relu([1.0]), TypeError, 'list'),
+    (lambda: WIBReLU()(torch.ones(2, dtype=torch.bool)), TypeError, r'torch\.bool'),
+    (lambda: make_activation('wib_rel'), ValueError, "did you mean 'wib_relu'"),
+    (lambda: ZeroMean(lambda z: z.softmax(0)), ValueError, 'must be elementwise'),
+    (lambda: ZeroMean(torch.ones_like, unit_variance=True), ValueError, 'constant'),
+])
+def test_errors_name_what_is_wrong(call, kind, message):
+    with pytest.raises(kind, match=message): call()

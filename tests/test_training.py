@@ -1,0 +1,170 @@
+"""A run as a process, under every option, and when it goes wrong."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+from wib_nbdev.activations import ACTIVATIONS
+from wib_nbdev.config import Activation, Dataset, Scheme, TrainConfig
+from wib_nbdev.data import DATASETS, channel_stats, load, standardise
+from wib_nbdev.initializers import SCHEMES
+from wib_nbdev.training import Batches, build_model, evaluate, load_images, resolve_device, train
+
+QUICK = TrainConfig(sample=True, epochs=2, device='cpu')
+
+
+def numbers(result) -> pd.DataFrame: return result.epochs.drop(columns='seconds')
+
+
+def test_the_config_names_what_there_is():
+    assert get_args(Activation) == ACTIVATIONS and get_args(Scheme) == SCHEMES and get_args(Dataset) == DATASETS
+
+
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_every_activation_trains(activation):
+    result = train(replace(QUICK, activation=activation), progress=False)
+    assert result.status == 'finished' and result.epochs['loss'].iloc[-2] < 2.3 and list(result.epochs['split']) == ['train', 'valid'] * 2
+
+
+@pytest.mark.parametrize('change', [
+    dict(dataset='cifar10'), dict(optimizer='sgd', lr=0.05), dict(optimizer='adamw', weight_decay=0.1), dict(init='pytorch_default'),
+    dict(compensate_bias=True), dict(activation='wib_relu', shift=0.3), dict(gain=1.5), dict(valid='holdout'), dict(amp=True),
+    dict(batch_size=300),
+], ids=str)
+def test_every_option_runs_and_matters(change):
+    result, plain = (train(replace(QUICK, **c), progress=False) for c in (change, {}))
+    assert result.status == 'finished' and np.isfinite(result.epochs['loss']).all()
+    assert not numbers(result).equals(numbers(plain)) and result.config.key != plain.config.key
+
+
+def test_same_numbers_in_another_process_after_other_work():
+    code = ("from wib_nbdev.training import *; r = train(TrainConfig(sample=True, epochs=2, device='cpu'), progress=False); "
+            "print(r.losses['loss'].map(float.hex).tolist(), r.epochs['accuracy'].tolist())")
+    before = 'import torch; torch.manual_seed(3); torch.randn(999, 999) @ torch.randn(999, 999); '
+    run = lambda code: subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout
+    assert run(code) == run(before + code)
+
+
+def test_nothing_outside_is_touched():
+    torch.manual_seed(5)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(QUICK, record=True, progress=False)
+    assert torch.get_rng_state().equal(state) and torch.get_num_threads() == threads
+
+
+def test_arms_are_paired():
+    "One seed: the same weights where the shapes allow, and the same batches."
+    models = {name: build_model(replace(QUICK, activation=name), 1).state_dict() for name in ('relu', 'prelu', 'wib_relu_batch')}
+    for state in models.values(): assert torch.equal(state['conv4.conv.weight'], models['relu']['conv4.conv.weight'])
+    assert not torch.equal(build_model(replace(QUICK, seed=1), 1).dense.weight, models['relu']['dense.weight'])
+    # At a learning rate too small to move anything, the losses of a batch are those of the initial weights on it.
+    frozen = [train(replace(QUICK, lr=1e-30, epochs=1), progress=False).losses['loss'] for _ in range(2)]
+    assert frozen[0].equals(frozen[1]) and frozen[0].nunique() == len(frozen[0])
+
+
+def test_losses_and_accuracy_are_what_they_say():
+    "Recomputed by hand from the trained network, in one batch."
+    result, images = train(QUICK, progress=False), load('fashion_mnist', sample=True)
+    mean, std = channel_stats(images.x_train)
+    with torch.no_grad(): logits = result.model.eval()(standardise(images.x_test, mean, std))
+    last = result.epochs.iloc[-1]
+    assert last['loss'] == pytest.approx(F.cross_entropy(logits, images.y_test).item(), rel=1e-5)
+    assert last['accuracy'] == pytest.approx((logits.argmax(1) == images.y_test).float().mean().item())
+    train_row, sizes = result.epochs.query("epoch == 1 and split == 'train'").iloc[0], [256, 256, 256, 232]
+    assert train_row['loss'] == pytest.approx(np.average(result.losses['loss'][:4], weights=sizes))
+
+
+def test_evaluation_leaves_the_mode_and_gradients_alone():
+    images = load('fashion_mnist', sample=True)
+    batches = Batches(images.x_test, images.y_test, *channel_stats(images.x_train), batch_size=64)
+    model = build_model(replace(QUICK, activation='wib_relu_batch'), 1).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert evaluate(model, batches) == evaluate(model, batches)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_holdout_keeps_the_test_images_out_of_sight():
+    held, whole = load_images(replace(QUICK, valid='holdout')), load_images(QUICK)
+    rows = lambda x: {image.numpy().tobytes() for image in x}
+    assert rows(held.x_test) <= rows(whole.x_train) and not rows(held.x_test) & rows(held.x_train)
+    assert len(held.x_train) + len(held.x_test) == len(whole.x_train)
+
+
+def test_divergence_is_a_result():
+    result = train(replace(QUICK, optimizer='sgd', lr=1e8, epochs=5), progress=False)
+    assert result.status == 'diverged' and len(result.epochs) < 10 and not np.isfinite(result.epochs['loss'].iloc[-1])
+
+
+def test_interruption_is_a_result_and_a_message():
+    "A real Ctrl-C in a real process, in mid-run."
+    code = '''
+import sys
+from wib_nbdev.training import *
+if __name__ == '__main__':
+    result = train(TrainConfig(sample=True, epochs=100000, device='cpu'), progress=True)
+    print(result.status, len(result.epochs), result.epochs['epoch'].max())
+'''
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    seen = ''
+    deadline = time.time() + 60
+    while 'valid loss' not in seen and time.time() < deadline: seen += process.stderr.read(200)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    status, rows, epochs = out.split()
+    assert process.returncode == 0 and status == 'interrupted' and int(rows) >= 2 * int(epochs) - 1
+    assert 'epochs that were finished of 100000' in err and 'Traceback' not in err
+    assert 'accuracy' in seen and '%' in seen  # the bar: how far, how well, how long
+
+
+def test_compile_gives_the_same_training():
+    if not (shutil.which('c++') or shutil.which('g++')): pytest.skip('needs a C++ compiler')
+    eager, compiled = (train(replace(QUICK, epochs=1, compile=c), progress=False) for c in (False, True))
+    np.testing.assert_allclose(compiled.losses['loss'], eager.losses['loss'], rtol=1e-3)
+
+
+@pytest.mark.parametrize('device', ['cuda', 'mps'])
+def test_a_device_that_is_not_there(device):
+    there = torch.cuda.is_available() if device == 'cuda' else torch.backends.mps.is_available()
+    if there: pytest.skip(f'this machine has {device}')
+    with pytest.raises(ValueError, match=f"device='{device}': torch .* finds none on this machine; try device='auto'"): resolve_device(device)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    cuda = replace(QUICK, device='cuda')
+    first, second = train(cuda, progress=False), train(cuda, progress=False)
+    assert first.losses.equals(second.losses)
+    np.testing.assert_allclose(first.losses['loss'], train(QUICK, progress=False).losses['loss'], atol=0.05)
+    assert train(replace(cuda, amp=True, compile=True), progress=False).status == 'finished'
+
+
+def test_config_survives_a_round_trip_through_its_fields():
+    config = TrainConfig(dataset='cifar10', activation='wib_relu', lr=1, gain=1, shift=0, seed=7, valid='holdout')
+    assert TrainConfig(**asdict(config)) == config and TrainConfig(**asdict(config)).key == config.key
+    assert {each.name for each in fields(config)} == set(asdict(config))
+
+
+def test_every_field_is_in_the_key():
+    other = dict(
+        dataset='cifar10', activation='elu', init='alexnet', gain=1.1, shift=0.1, epochs=3, batch_size=3, lr=0.1, optimizer='sgd',
+        momentum=0.1, weight_decay=0.1, seed=3, valid='holdout', sample=True, device='cpu', amp=True, compile=True, compensate_bias=True,
+    )
+    assert other.keys() == {each.name for each in fields(TrainConfig)}
+    assert len({TrainConfig(**{name: value}).key for name, value in other.items()} | {TrainConfig().key}) == len(other) + 1
+
+
+def test_environment_names_no_person_or_place():
+    environment = train(QUICK, progress=False).environment
+    assert set(environment) == {'wib_nbdev', 'torch', 'numpy', 'python', 'system', 'device', 'processor', 'threads'}
+    assert os.path.expanduser('~') not in str(environment)
