@@ -53,7 +53,8 @@ def test_sdist_holds_what_a_build_needs(built):
 def test_metadata(built):
     wheel = zipfile.ZipFile(next(built.glob('*.whl')))
     metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith('/METADATA'))).decode()
-    for line in ('Name: wib_nbdev', 'License-Expression: Apache-2.0', 'Requires-Python: >=3.10', 'Provides-Extra: dev', 'Requires-Dist: torch'):
+    lines = ('Name: wib_nbdev', 'License-Expression: Apache-2.0', 'Requires-Python: >=3.10', 'Provides-Extra: dev', 'Requires-Dist: torch')
+    for line in lines:
         assert line in metadata, metadata[:2000]
 
 

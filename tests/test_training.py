@@ -137,7 +137,8 @@ def test_compile_gives_the_same_training():
 def test_a_device_that_is_not_there(device):
     there = torch.cuda.is_available() if device == 'cuda' else torch.backends.mps.is_available()
     if there: pytest.skip(f'this machine has {device}')
-    with pytest.raises(ValueError, match=f"device='{device}': torch .* finds none on this machine; try device='auto'"): resolve_device(device)
+    with pytest.raises(ValueError, match=f"device='{device}': torch .* finds none on this machine; try device='auto'"):
+        resolve_device(device)
 
 
 @pytest.mark.cuda
