@@ -39,8 +39,12 @@ bench: $(BENCH)  ## run the benchmarks beside their peers, one after the other
 
 check: $(DEV)  ## export and clean are no-ops; lint and types pass
 	@$(BIN)/python tests/check_generated.py
+	@$(BIN)/python docs/readme.py --check
 	@$(BIN)/ruff check nbs tests benchmarks docs setup.py
 	@$(BIN)/mypy
+
+readme: $(DEV)  ## write README.md from nbs/index.ipynb
+	@$(BIN)/python docs/readme.py
 
 dist: $(DEV)  ## build the wheel and the sdist in dist
 	@$(BIN)/python -m build

@@ -17,6 +17,7 @@ nb_merge_streams = True
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'smartquotes']
 myst_heading_anchors = 3
 exclude_patterns = ['_build']
+suppress_warnings = ['myst.header']  # the documentation of a function starts at its own level of heading, wherever it stands
 html_theme = 'furo'
 html_title = project
 html_show_sourcelink = False

@@ -170,7 +170,7 @@ def test_spoilt_file_is_named_or_harmless(one_run, tmp_path, how):
             assert str(path) in str(error) and 'delete it and run the sweep again' in str(error)
             refused += 1
         else: assert row == good
-    assert refused >= (30 if how == 'flipped' else 60)
+    assert refused >= (10 if how == 'flipped' else 60)  # a flipped bit in padding or statistics may change nothing
 
 
 def test_spoilt_file_is_set_aside_and_run_again(one_run, tmp_path):

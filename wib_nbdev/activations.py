@@ -225,7 +225,7 @@ def plot_depth(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
-# %% ../nbs/04_activations.ipynb #2b7f6ae3
+# %% ../nbs/04_activations.ipynb #50a325c8
 class ZeroMean(nn.Module):
     "Any elementwise activation, shifted so that a preact of N(0, preact_std^2) leaves it with mean 0; scaled to variance 1 on request."
     def __init__(
@@ -237,7 +237,7 @@ class ZeroMean(nn.Module):
         super().__init__()
         self.fn, self.preact_std = fn, preact_std
         moments = gaussian_moments(fn, preact_std)
-        if unit_variance and moments.var < 1e-12: raise ValueError(f'unit_variance=True: fn={fn!r} is constant at preact_std={preact_std!r}')
+        if unit_variance and moments.var < 1e-12: raise ValueError(f'unit_variance=True: fn={fn!r} is constant, so it has no variance')
         self.mean, self.scale = moments.mean, 1 / math.sqrt(moments.var) if unit_variance else 1.0
 
     def forward(

@@ -135,24 +135,24 @@ class Batches:
             index = part if order is None else order[part]
             yield standardise(self.x[index], self.mean, self.std), self.y[index]
 
-# %% ../nbs/08_training.ipynb #1668e5a3
+# %% ../nbs/08_training.ipynb #840893f1
 def evaluate(
     model:nn.Module, # put into evaluation mode, and back
     batches:Batches, # what to evaluate on
     amp:bool=False, # under bfloat16 autocast
 ) -> tuple[float, float]:
-    "Mean cross-entropy in nats and accuracy as a share, over all images; no gradient is kept, and the device is read once."
+    "Mean cross-entropy in nats and accuracy as a share, over all images; no gradient is kept, and the device is read at the end."
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, device=batches.y.device)
+    loss = torch.zeros((), device=batches.y.device)
+    correct = torch.zeros((), dtype=torch.int64, device=batches.y.device)
     with torch.no_grad(), torch.autocast(batches.y.device.type, torch.bfloat16, enabled=amp):
         for x, y in batches():
             logits = model(x).float()
-            totals[0] += F.cross_entropy(logits, y, reduction='sum')
-            totals[1] += (logits.argmax(1) == y).sum()
+            loss += F.cross_entropy(logits, y, reduction='sum')
+            correct += (logits.argmax(1) == y).sum()
     model.train(was_training)
-    loss, accuracy = (totals / len(batches.y)).tolist()
-    return loss, accuracy
+    return loss.item() / len(batches.y), correct.item() / len(batches.y)
 
 # %% ../nbs/08_training.ipynb #4fd797ad
 def _train_epoch(
