@@ -18,11 +18,14 @@ SOURCE, SITE = ROOT / '_proc' / 'site', ROOT / '_docs'
 def mend(cell: dict) -> dict:
     "A cell without what only Quarto understands: option comments in the code, rules in the Markdown of a function's documentation."
     text = ''.join(cell['source'])
+    cell.pop('has_sd', None)  # nbdev's mark of cells that it documents, unknown to the notebook format
     if cell['cell_type'] != 'code': return {**cell, 'source': text}
     if re.search(r'^#\|\s*echo:\s*false', text, re.M): cell['metadata'] = {**cell.get('metadata', {}), 'tags': ['remove-input']}
     for output in cell.get('outputs', []):
         page = output.get('data', {}).get('text/markdown')
-        if page: output['data']['text/markdown'] = re.sub(r'^---\s*$', '', ''.join(page), flags=re.M)
+        if not page: continue
+        page = re.sub(r'^---\s*$', '', ''.join(page), flags=re.M)
+        output['data']['text/markdown'] = re.sub(r"<class '([\w.]+)'>", r'\1', page)  # a default that is a class, as Python has it
     return {**cell, 'source': re.sub(r'^#\|.*\n?', '', text, flags=re.M)}
 
 
