@@ -14,7 +14,7 @@ from wib_nbdev.mean_shift import centred_gain, gaussian_moments, relu_moments
 
 SMOOTH = {'relu': F.relu, 'leaky_relu': F.leaky_relu, 'elu': F.elu, 'gelu': F.gelu, 'silu': F.silu, 'selu': F.selu, 'tanh': torch.tanh}
 spreads = st.floats(0.05, 20)
-some = settings(deadline=None, max_examples=25)
+some = settings(deadline=None, max_examples=12)
 
 
 @given(spreads)
@@ -60,6 +60,31 @@ def test_a_jump_is_found_wherever_it_is(place):
     assert moments.mean == pytest.approx(stats.norm.sf(place), abs=1e-8)
 
 
+@pytest.mark.parametrize('place', [5.9, -5.9, 0.25 + 1e-9, 2**-12 + 1e-10, 1.0000001])
+def test_a_jump_where_a_rule_of_fixed_points_would_miss_it(place):
+    assert gaussian_moments(lambda z: F.relu(z) + (z > place)).mean == pytest.approx(
+        relu_moments().mean + stats.norm.sf(place), abs=1e-9)
+
+
+@given(st.floats(-3, 3), st.floats(1e-3, 0.1))
+@some
+def test_a_narrow_peak_is_not_overlooked(place, width):
+    mass = stats.norm.cdf(place + width) - stats.norm.cdf(place)
+    assert gaussian_moments(lambda z: ((z > place) & (z <= place + width)).double()).mean == pytest.approx(mass, abs=1e-9)
+
+
+@pytest.mark.parametrize('fn', [nn.SiLU(inplace=True), nn.ELU(inplace=True), nn.LeakyReLU(0.2, inplace=True), torch.relu_])
+def test_functions_that_work_in_place(fn):
+    out_of_place = {'SiLU': F.silu, 'ELU': F.elu, 'LeakyReLU': lambda z: F.leaky_relu(z, 0.2)}.get(type(fn).__name__, F.relu)
+    assert gaussian_moments(fn) == gaussian_moments(out_of_place)
+
+
+@pytest.mark.parametrize('constant, factor', [(1000, 1), (1e6, 1), (0, 1e-7), (0, 1e9)])
+def test_no_digits_are_lost_to_size(constant, factor):
+    moments = gaussian_moments(lambda z: constant + factor * F.relu(z))
+    assert moments.var / factor**2 == pytest.approx(relu_moments().var, abs=1e-8)
+
+
 @given(st.floats(-6, 6))
 @some
 def test_a_kink_is_found_wherever_it_is(place):
@@ -91,7 +116,8 @@ def test_no_moments_no_number(fn):
 
 @pytest.mark.parametrize('fn', [
     lambda z: z.softmax(-1), lambda z: z - z.mean(), lambda z: z.cumsum(0), lambda z: z.sort().values,
-    lambda z: z / z.std(), lambda z: z.sum(), lambda z: z[:1], lambda z: F.dropout(z, 0.5),
+    lambda z: z / z.std(), lambda z: z.sum(), lambda z: z[:1], lambda z: F.dropout(z, 0.01),
+                                nn.Softmax(dim=1), nn.ReLU, nn.PReLU(8), math.tanh, lambda z: z.numpy(), lambda z: torch.sqrt(z + 0j),
 ])
 def test_not_elementwise(fn):
     with pytest.raises(ValueError, match='must be elementwise'): gaussian_moments(fn)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figure_4', 'Moments', 'relu_moments', 'gaussian_moments', 'centred_gain', 'plot_moments']
 
-# %% ../nbs/03_mean_shift.ipynb #82ab89a5
+# %% ../nbs/03_mean_shift.ipynb #fbb7228d
 import copy
 import math
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 from .config import check_number
-from .style import THEORY, new_axes, panels
+from .style import COLOURS, THEORY, new_axes, panels
 from .variance import plot_trials, simulate_layer
 
-# %% ../nbs/03_mean_shift.ipynb #03ef5f4d
+# %% ../nbs/03_mean_shift.ipynb #d82bc45b
 def figure_4(
     fan_in:int=784, # inputs and outputs of the layer
     n_trials:int=50, # layers drawn
@@ -34,10 +34,11 @@ def figure_4(
         generator = torch.Generator().manual_seed(seed)
         plot_trials(simulate_layer(fan_in, fan_in, preact_std / math.sqrt(fan_in), n_trials, torch.relu, generator), ax=ax)
         moments = relu_moments(preact_std)
-        for value in (moments.mean, math.sqrt(moments.var)): ax.axhline(value, **THEORY)
+        ax.axhline(moments.mean, label='Eq. 03.1', **THEORY)
+        ax.axhline(math.sqrt(moments.var), **THEORY)
         ax.set(title=f'Fig. 4{title}', ylim=(0, 1.1))
         ax.label_outer()
-    axes[0, 0].legend(frameon=False, ncols=2)
+    axes[0, 0].legend(frameon=False, ncols=3)
     return figure
 
 # %% ../nbs/03_mean_shift.ipynb #0f5fb4d7
@@ -56,83 +57,121 @@ def relu_moments(
     mean, second_moment = preact_std / math.sqrt(2 * math.pi), preact_std**2 / 2
     return Moments(mean, second_moment - mean**2, second_moment)
 
-# %% ../nbs/03_mean_shift.ipynb #42f5d0be
-_REACH = 12  # standard deviations: a Gaussian keeps 4e-33 of its mass beyond
-_OFFSETS = (0.0, 0.137, 0.271, 0.419)  # of the cuts, which are half a standard deviation apart; the first meets a kink at 0
-_TOLERANCE = 1e-10
+# %% ../nbs/03_mean_shift.ipynb #5ba6f8f1
+_REACH = 37  # standard deviations: just inside, the density is still a normal float64
+_STEP = 2**-11  # of the grid; what happens between two of its points can escape
+_WIDTH = 0.25  # of a fold, below
 
-# %% ../nbs/03_mean_shift.ipynb #e3bbd796
+# %% ../nbs/03_mean_shift.ipynb #20b5be77
+def _density(u: np.ndarray) -> np.ndarray:
+    "Of the standard normal distribution."
+    return np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+
+# %% ../nbs/03_mean_shift.ipynb #84934889
 def _in_double(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     "`fn` for float64. A module is copied first: its own parameters stay as they are."
     if not callable(fn): raise TypeError(f'fn={fn!r}: must be an elementwise function of a tensor')
-    return copy.deepcopy(fn).double() if isinstance(fn, nn.Module) else fn
+    return copy.deepcopy(fn).to('cpu', torch.float64) if isinstance(fn, nn.Module) else fn
 
-# %% ../nbs/03_mean_shift.ipynb #b94c16cd
-def _check_elementwise(fn: Callable[[Tensor], Tensor]) -> None:
-    "`ValueError` unless each output depends on its own input alone: a batch and its parts, in another order, must agree."
-    z = torch.linspace(-3, 3, 31, dtype=torch.float64)
-    with torch.no_grad(): whole, parts = fn(z), [fn(part) for part in z.flip(0).split(7)]
-    agree = whole.shape == z.shape and torch.allclose(whole.flip(0), torch.cat(parts), rtol=1e-9, atol=1e-12, equal_nan=True)
-    if not agree: raise ValueError(f'fn={fn!r}: must be elementwise, but what it makes of one number depends on the others')
+# %% ../nbs/03_mean_shift.ipynb #f542ef94
+def _apply(fn: Callable[[Tensor], Tensor], z: np.ndarray) -> np.ndarray:
+    "fn(z) as float64. fn gets a tensor of its own, since it may work in place; whatever it cannot do is a `ValueError`."
+    try:
+        with torch.no_grad(): value = fn(torch.from_numpy(z.copy()))
+    except Exception as error:
+        raise ValueError(f'fn={fn!r}: must be elementwise, but fails on a float64 vector: {error}') from error
+    if not isinstance(value, Tensor) or value.shape != z.shape or value.is_complex():
+        raise ValueError(f'fn={fn!r}: must be elementwise: a real tensor for a tensor, of the same shape')
+    return value.double().numpy()
 
-# %% ../nbs/03_mean_shift.ipynb #c9476ec2
-def _integrate(integrand: Callable[[float], np.ndarray], offset: float) -> np.ndarray:
-    "The integrals of a vector over all reals, with cuts at an offset; NaN where they do not converge or the ends still weigh."
-    cuts = np.arange(-16, 17) / 2 + offset
-    with np.errstate(invalid='ignore', over='ignore'):
-        value, error, info = integrate.quad_vec(
-            integrand, -_REACH, _REACH, epsabs=_TOLERANCE, epsrel=_TOLERANCE, norm='max', points=cuts, limit=2000, full_output=True)
-        ends = max(np.abs(integrand(end)).max() for end in (-_REACH, _REACH))
-        allowed = 1e-8 * max(1.0, np.abs(value).max())
-        return value if info.success and error < allowed and ends < allowed else np.full_like(value, np.nan)
+# %% ../nbs/03_mean_shift.ipynb #08982cff
+def _apply_elementwise(fn: Callable[[Tensor], Tensor], z: np.ndarray) -> np.ndarray:
+    "fn(z); `ValueError` unless each output depends on its own input alone: a batch and its parts, in another order, must agree."
+    value, parts = _apply(fn, z), [_apply(fn, part) for part in np.array_split(z[::-1], 7)]
+    size = np.quantile(np.abs(np.nan_to_num(value, posinf=0, neginf=0)), 0.75)  # vectorised code may round the last of a batch otherwise
+    if np.allclose(value[::-1], np.concatenate(parts), rtol=1e-9, atol=1e-12 * size, equal_nan=True): return value
+    raise ValueError(f'fn={fn!r}: must be elementwise, but what it makes of one number depends on the others')
 
-# %% ../nbs/03_mean_shift.ipynb #307c3b83
+# %% ../nbs/03_mean_shift.ipynb #c3f5b291
+def _jumps(fn: Callable[[np.ndarray], np.ndarray], left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    "Where fn jumps, to the last digits, in those of the cells (left, right) (n_cells,) in which it does."
+    low, high = fn(left), fn(right)
+    change = np.abs(high - low)
+    for _ in range(40):
+        middle = (left + right) / 2
+        value = fn(middle)
+        below = np.abs(value - low) > np.abs(high - value)
+        left, low = np.where(below, left, middle), np.where(below, low, value)
+        right, high = np.where(below, middle, right), np.where(below, value, high)
+    return right[np.abs(high - low) > 0.01 * change].round(13)
+
+# %% ../nbs/03_mean_shift.ipynb #4a16a31a
+def _breaks(fn: Callable[[np.ndarray], np.ndarray], u: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    "Where to split: the ends of each cell of the grid u (n,) in which an integrand, seen (2, n), bends, and the jumps inside."
+    bent = (np.abs(np.diff(seen, 2)) > 2e-6).any(0)
+    cells = np.flatnonzero(np.pad(bent, (0, 1)) | np.pad(bent, (1, 0)))
+    left, right = u[cells], u[cells + 1]
+    return np.concatenate([left, right, _jumps(fn, left, right)])
+
+# %% ../nbs/03_mean_shift.ipynb #30aef099
+def _standard_moments(fn: Callable[[np.ndarray], np.ndarray], u: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
+    "E[fn(u)] and E[fn(u)^2] for u ~ N(0, 1), given y = fn(u) on a grid, of mean 0 and variance 1 there; None if they do not converge."
+    def integrand(u: np.ndarray, y: np.ndarray) -> np.ndarray: return np.stack([y, y * y]) * _density(u)
+
+    seen, folds = integrand(u, y), np.arange(-_REACH, _REACH, _WIDTH)
+    points = np.unique(_breaks(fn, u, seen) % _WIDTH)
+    if len(points) > 2000 or not np.abs(seen[:, [0, -1]]).max() < 1e-10: return None
+    (first, second), error, info = integrate.quad_vec(
+        lambda v: integrand(folds + v, fn(folds + v)).sum(1), 0, _WIDTH,
+        epsabs=1e-10, epsrel=0, norm='max', points=points, limit=len(points) + 300, full_output=True)
+    return (float(first), float(second)) if info.success and error < 1e-9 else None
+
+# %% ../nbs/03_mean_shift.ipynb #3b18c739
 def gaussian_moments(
     fn:Callable[[Tensor], Tensor], # elementwise: a torch function or a module
     preact_std:float=1.0, # standard deviation of the preact, whose mean is 0
 ) -> Moments:
-    "The moments of fn(z), z ~ N(0, preact_std^2), to 1e-8 (Eq. 03.2). `ValueError` if fn is not elementwise or has no such moments."
+    "The moments of fn(z), z ~ N(0, preact_std^2), to 1e-8 (Eq. 03.2). `ValueError` if fn is not elementwise or they do not converge."
     check_number(preact_std, 'preact_std', above=0)
     fn = _in_double(fn)
-    _check_elementwise(fn)
+    u = np.arange(-_REACH + _STEP / 2, _REACH, _STEP)
+    with np.errstate(all='ignore'):
+        value, weight = _apply_elementwise(fn, preact_std * u), _STEP * _density(u)
+        if np.ptp(value) == 0: return Moments(float(value[0]), 0.0, float(value[0])**2)
+        centre = float(weight @ value)
+        scale = math.sqrt(weight @ (value - centre)**2)
+        standard = None
+        if 0 < scale < math.inf:
+            standard = _standard_moments(lambda u: (_apply(fn, preact_std * u) - centre) / scale, u, (value - centre) / scale)
+    if standard is None:
+        raise ValueError(f'fn={fn!r}, preact_std={preact_std!r}: its Gaussian moments do not converge')
+    mean, var = centre + scale * standard[0], scale**2 * (standard[1] - standard[0]**2)
+    return Moments(mean, var, var + mean**2)
 
-    def integrand(u: float) -> np.ndarray:
-        with torch.no_grad(): value = fn(torch.tensor([preact_std * u], dtype=torch.float64)).item()
-        return np.array([value, value * value]) * (math.exp(-u * u / 2) / math.sqrt(2 * math.pi))
-
-    answers: list[np.ndarray] = []
-    for offset in _OFFSETS:
-        answer = _integrate(integrand, offset)
-        if any(np.allclose(answer, other, rtol=1e-9, atol=1e-9) for other in answers):
-            mean, second_moment = answer.tolist()
-            return Moments(mean, second_moment - mean**2, second_moment)
-        answers.append(answer)
-    raise ValueError(f'fn={fn!r}, preact_std={preact_std!r}: its Gaussian moments do not converge')
-
-# %% ../nbs/03_mean_shift.ipynb #363d6120
+# %% ../nbs/03_mean_shift.ipynb #09c05597
 def centred_gain(
     fn:Callable[[Tensor], Tensor], # elementwise: a torch function or a module
 ) -> float:
     "1 / std of fn(z), z ~ N(0, 1): keeps a variance of 1 once the mean of fn is subtracted (Eq. 03.3). Errors as in `gaussian_moments`."
     var = gaussian_moments(fn).var
-    if var < 1e-12: raise ValueError(f'fn={fn!r}: is constant under a standard normal preact, so no gain restores its variance')
+    if var == 0: raise ValueError(f'fn={fn!r}: is constant under a standard normal preact, so no gain restores its variance')
     return 1 / math.sqrt(var)
 
-# %% ../nbs/03_mean_shift.ipynb #0ab72677
+# %% ../nbs/03_mean_shift.ipynb #2e889974
 def plot_moments(
     fn:Callable[[Tensor], Tensor], # elementwise
     preact_std:float=1.0, # standard deviation of the preact
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
-    colour:str='#0072B2', # of the function
+    colour:str=COLOURS['relu'], # of the function
     label:str='f(z)', # of the function
 ) -> Axes:
     "A function over its preact, the preact's density in grey, and the mean that is left (dashed)."
     ax = new_axes(ax, xlabel='preact z', ylabel='activation')
     z = torch.linspace(-3 * preact_std, 3 * preact_std, 301)
     ax.fill_between(z, stats.norm.pdf(z, scale=preact_std), color='#dddddd', label='density of z')
-    ax.plot(z, fn(z).detach(), color=colour, label=label)
     mean = gaussian_moments(fn, preact_std).mean
-    ax.axhline(mean, label=f'mean {mean:.3f}', **THEORY)
+    ax.plot(z, fn(z.clone()).detach(), color=colour, label=label)
+    ax.axhline(mean, label=f'mean {abs(mean):.3f}' if abs(mean) < 5e-4 else f'mean {mean:.3f}', **THEORY)
     ax.legend(frameon=False, fontsize=8)
     return ax
