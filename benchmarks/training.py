@@ -1,0 +1,213 @@
+"""One epoch of Fashion-MNIST with activation statistics at every iteration: this package beside fastai, Lightning and a plain loop.
+
+    python benchmarks/training.py --root data --rounds 3 --out training.json
+
+Every rival trains the same plain CNN (channels_last) with Adam on 60,000 images in batches of 256 and validates on 10,000, as its users
+write it. Rounds take turns, so that a slow moment of the machine meets them all; the table has the least seconds of each. The floor is
+forward, backward and step on one fixed batch, as many times as an epoch has batches. Rivals whose package is missing are named.
+"""
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from wib_nbdev.config import TrainConfig
+from wib_nbdev.data import channel_stats, load, standardise
+from wib_nbdev.models import plain_cnn
+from wib_nbdev.recorder import ACTIVATION_TYPES
+from wib_nbdev.training import train
+
+LR, BATCH = 0.004, 256
+
+
+@dataclass
+class Options:
+    """One epoch beside the rivals."""
+    root: Path = Path('data')  # folder of Fashion-MNIST
+    rounds: int = 3  # each rival runs once in a round
+    threads: int = 2  # threads of torch
+    rival: str | None = None  # run this one alone, once, and print its seconds and peak memory as JSON
+    out: Path | None = None  # where to write the numbers as JSON
+
+
+def tensors(root: Path) -> tuple[torch.Tensor, ...]:
+    "Standardised float32 training and validation images and their labels, in memory."
+    images = load('fashion_mnist', root)
+    mean, std = channel_stats(images.x_train)
+    return standardise(images.x_train, mean, std), images.y_train, standardise(images.x_test, mean, std), images.y_test
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return plain_cnn(1).to(memory_format=torch.channels_last)
+
+
+def naive_hooks(model: nn.Module, rows: list[tuple[float, ...]]) -> None:
+    "Statistics as one first writes them: several passes, and a number read for each."
+    def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        if module.training:
+            rows.append((out.mean().item(), out.std().item(), (out.abs() < 0.5).float().mean().item(), (out <= 0.05).float().mean().item()))
+    for module in model.modules():
+        if isinstance(module, ACTIVATION_TYPES): module.register_forward_hook(hook)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def floor(root: Path) -> None:
+    x, y, *_ = tensors(root)
+    x, y, model = x[:BATCH].to(memory_format=torch.channels_last), y[:BATCH], network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    clock = time.perf_counter()
+    for _ in range(235): step(model, optimizer, x, y)
+    with torch.no_grad():
+        for _ in range(40): model(x)
+    floor.seconds = time.perf_counter() - clock
+
+
+def ours(record: bool) -> Callable[[Path], None]:
+    def run(root: Path) -> None: train(TrainConfig(epochs=1, device='cpu'), load('fashion_mnist', root), record=record, progress=False)
+    return run
+
+
+def loop(batches: DataLoader, valid: DataLoader) -> None:
+    model, rows = network(), []
+    naive_hooks(model, rows)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    for x, y in batches: step(model, optimizer, x.to(memory_format=torch.channels_last), y)
+    model.eval()
+    with torch.no_grad(): sum((model(x).argmax(1) == y).sum().item() for x, y in valid)
+
+
+def torchvision_loaders(root: Path, workers: int) -> tuple[DataLoader, DataLoader]:
+    from torchvision import datasets, transforms
+    change = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.286,), (0.353,))])
+    sets = {part: datasets.FashionMNIST(root, train=part, transform=change) for part in (True, False)}
+    return tuple(DataLoader(images, BATCH, shuffle=part, num_workers=workers) for part, images in sets.items())
+
+
+def loop_torchvision(root: Path) -> None: loop(*torchvision_loaders(root, 0))
+
+
+def loop_in_memory(root: Path) -> None:
+    x, y, x_valid, y_valid = tensors(root)
+    class Batches:
+        def __init__(self, x: torch.Tensor, y: torch.Tensor): self.x, self.y = x, y
+        def __iter__(self): return ((self.x[part], self.y[part]) for part in torch.randperm(len(self.x)).split(BATCH))
+    loop(Batches(x, y), Batches(x_valid, y_valid))
+
+
+def fastai_learner(batches: DataLoader, valid: DataLoader) -> None:
+    import fastai.callback.progress  # noqa: F401  gives a Learner its no_bar
+    from fastai.callback.hook import ActivationStats
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.metrics import accuracy
+    from fastcore.foundation import L
+    model = network()
+    stats = ActivationStats(modules=L(module for module in model.modules() if isinstance(module, ACTIVATION_TYPES)))
+    learner = Learner(DataLoaders(batches, valid), model, loss_func=F.cross_entropy, metrics=accuracy, cbs=stats)
+    with learner.no_bar(), learner.no_logging(): learner.fit(1, LR)
+
+
+def fastai_tensors(root: Path) -> None:
+    from fastai.data.load import DataLoader as FastaiLoader
+    x, y, x_valid, y_valid = tensors(root)
+    sets = TensorDataset(x, y), TensorDataset(x_valid, y_valid)
+    fastai_learner(FastaiLoader(sets[0], bs=BATCH, shuffle=True, num_workers=0), FastaiLoader(sets[1], bs=BATCH, num_workers=0))
+
+
+def fastai_hand_made(root: Path) -> None:
+    "The best that a fastai user can do: a loader that slices tensors."
+    x, y, x_valid, y_valid = tensors(root)
+    class Slices:
+        def __init__(self, x: torch.Tensor, y: torch.Tensor, shuffle: bool):
+            self.x, self.y, self.shuffle, self.device, self.after_batch = x, y, shuffle, torch.device('cpu'), None
+        def __len__(self) -> int: return -(-len(self.x) // BATCH)
+        def __iter__(self):
+            order = torch.randperm(len(self.x)) if self.shuffle else torch.arange(len(self.x))
+            return ((self.x[part], self.y[part]) for part in order.split(BATCH))
+        def to(self, device): return self
+    fastai_learner(Slices(x, y, True), Slices(x_valid, y_valid, False))
+
+
+def lightning_torchvision(root: Path) -> None:
+    import lightning
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.rows = network(), []
+            naive_hooks(self.model, self.rows)
+        def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
+        def validation_step(self, batch, i): self.log('accuracy', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
+        def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=LR)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    lightning.Trainer(max_epochs=1, accelerator='cpu', num_sanity_val_steps=0, **quiet).fit(Module(), *torchvision_loaders(root, 0))
+
+
+RIVALS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    'floor: one fixed batch': ('torch', floor),
+    'wib_nbdev, no statistics': ('torch', ours(False)),
+    'wib_nbdev, statistics': ('torch', ours(True)),
+    'plain loop in memory, naive hooks': ('torch', loop_in_memory),
+    'plain loop, torchvision DataLoader, naive hooks': ('torch', loop_torchvision),
+    'fastai + ActivationStats, hand-made loader': ('fastai', fastai_hand_made),
+    'fastai + ActivationStats, TensorDataset': ('fastai', fastai_tensors),
+    'Lightning, torchvision DataLoader, naive hooks': ('lightning', lightning_torchvision),
+}
+
+
+def alone(name: str, options: Options) -> None:
+    "Runs one rival in this process and prints what it took; loading the data is not counted, importing a package is not either."
+    torch.set_num_threads(options.threads)
+    package, run = RIVALS[name]
+    importlib.import_module(package)
+    load('fashion_mnist', options.root)
+    clock = time.perf_counter()
+    run(options.root)
+    seconds = getattr(run, 'seconds', time.perf_counter() - clock)
+    print(json.dumps(dict(seconds=seconds, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
+
+
+def main(options: Options) -> None:
+    if options.rival: return alone(options.rival, options)
+    names = [name for name, (package, _) in RIVALS.items() if importlib.util.find_spec(package)]
+    rows = []
+    with tempfile.TemporaryDirectory() as elsewhere:
+        for turn in range(options.rounds):
+            for name in names:
+                words = [sys.executable, __file__, '--root', options.root.absolute(), '--threads', options.threads, '--rival', name]
+                run = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=elsewhere)
+                if run.returncode:
+                    print(f'{name} failed and is left out: {run.stderr.strip().splitlines()[-1]}', file=sys.stderr, flush=True)
+                    continue
+                rows.append(dict(rival=name, round=turn, **json.loads(run.stdout.strip().splitlines()[-1])))
+                print(f"round {turn + 1} of {options.rounds}: {name}: {rows[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+    columns = dict(seconds=('seconds', 'min'), median=('seconds', 'median'), peak_mb=('peak_mb', 'max'))
+    table = pd.DataFrame(rows).groupby('rival', sort=False).agg(**columns)
+    table['times the floor'] = table['seconds'] / table['seconds'].iloc[0]
+    table['ours faster by'] = table['seconds'] / table.loc['wib_nbdev, statistics', 'seconds']
+    print(table.round(2).to_string())
+    for name in RIVALS.keys() - set(names): print(f'left out: {name}: {RIVALS[name][0]} is not installed (the extra bench)')
+    if options.out: options.out.write_text(json.dumps(dict(torch=torch.__version__, threads=options.threads, runs=rows), indent=2) + '\n')
+
+
+__file__ = str(Path(__file__).absolute())  # the rivals run elsewhere
+
+if __name__ == '__main__': main(tyro.cli(Options, description=__doc__))
