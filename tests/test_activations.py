@@ -257,3 +257,11 @@ def test_zero_mean_is_zero_mean(fn, preact_std):
 ])
 def test_errors_name_what_is_wrong(call, kind, message):
     with pytest.raises(kind, match=message): call()
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('shift', [0.3, 0.4, EQ7_SHIFT, 0.6833])
+def test_silent_units_get_no_gradient_in_any_precision(dtype, shift):
+    z = torch.tensor([-1.0, -0.5, 0.0, 1.0], dtype=dtype, requires_grad=True)
+    wib_relu(z, shift).sum().backward()
+    assert z.grad.tolist() == [0, 0, 0, 1]

@@ -46,6 +46,8 @@ class _ShiftedReLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         output, *shift = ctx.saved_tensors
         if shift: return gradient * (output > -shift[0]), None
+        # In half precision the output is rounded, and the shift must be too: a comparison rounds it, the fused kernel does not.
+        if output.dtype in (torch.float16, torch.bfloat16): return gradient.masked_fill(output <= -ctx.shift, 0), None
         return torch.ops.aten.threshold_backward(gradient, output, -ctx.shift), None
 
 # %% ../nbs/04_activations.ipynb #c0cf6f02
