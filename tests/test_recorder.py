@@ -149,6 +149,12 @@ def test_inplace_activations_have_the_same_inactive_share():
     assert 0.2 < shares[0] < 0.5 and len(set(shares)) == 1
 
 
+def test_an_inplace_activation_that_hides_the_sign_is_counted_before_it_runs():
+    model, x = nn.Sequential(nn.Identity(), nn.Threshold(0.0, 5.0, inplace=True)), torch.randn(200, generator=seeded())
+    with ActivationRecorder(model, ['1']) as recorder: output = model(x.clone())
+    assert output.min() > 0 and recorder.to_frame()['inactive'].item() == (x <= 0).double().mean()
+
+
 def test_an_activation_shared_by_two_layers_counts_for_each_alone():
     shared = WIBReLU()
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared))
