@@ -1,6 +1,7 @@
 """What the tests share: the option that runs slow tests, and the skips that say why."""
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(config, items):
         for marker in item.iter_markers('bench'):
             missing = [name for name in marker.args if importlib.util.find_spec(name) is None]
             if missing: item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)} (the extra bench)"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    "torch.compile counts recompilations by code object, and every model shares nn.Sequential's: each test starts from none."
+    yield
+    if 'torch._dynamo' in sys.modules: sys.modules['torch'].compiler.reset()
 
 
 @pytest.fixture(scope='session')
