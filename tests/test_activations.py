@@ -265,3 +265,52 @@ def test_silent_units_get_no_gradient_in_any_precision(dtype, shift):
     z = torch.tensor([-1.0, -0.5, 0.0, 1.0], dtype=dtype, requires_grad=True)
     wib_relu(z, shift).sum().backward()
     assert z.grad.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize('unit', COMPILED.values(), ids=COMPILED)
+def test_fx_traces_a_model_with_it(unit):
+    model, x = small(unit()).eval(), images()
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_second_derivatives_forward_over_reverse(unit):
+    "The Hessian of a sum of squares is 2 where the unit is active; relu(x) alone can do this, so must WIB-ReLU."
+    x, module = images(1, 3), unit()
+    hessian = torch.func.hessian(lambda z: module(z).square().sum())(x).view(3, 3)
+    assert torch.equal(hessian, 2 * torch.diag((x > 0).float().view(3)))
+
+
+def test_a_shift_that_learns_gets_its_gradient():
+    x, shift = images().requires_grad_(), torch.tensor(0.4, requires_grad=True)
+    wib_relu(x, shift).sum().backward()
+    assert shift.grad.item() == -x.numel() and torch.equal(x.grad, (x > 0).float())
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_functional_call_with_parameters_and_buffers(unit):
+    model, x = small(unit()), images()
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert torch.equal(torch.func.functional_call(model, state, (x,)), model(x))
+
+
+@pytest.mark.parametrize('unit', [WIBReLU, WIBReLUBatch, WIBReLUCode, lambda: ZeroMean(F.relu)])
+def test_integers_are_refused_by_every_reading(unit):
+    with pytest.raises(TypeError, match=r'x: must be a floating tensor, not torch\.int64'): unit()(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize('shape', [(2, 4, 5, 5), (3,), (3, 5, 5)])
+@pytest.mark.parametrize('grad', [False, True])
+def test_channels_that_do_not_fit_are_named(shape, grad):
+    with pytest.raises(ValueError, match=r'shift has 3 channels'): UNITS['per channel']()(images(*shape).requires_grad_(grad))
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_per_image_gradients_under_compile(unit):
+    model, x = small(unit()), images()
+    loss = lambda parameters, one: torch.func.functional_call(model, parameters, (one[None],)).square().sum()
+    per_image = torch.vmap(torch.func.grad(loss), (None, 0))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    ours, eager = torch.compile(per_image, backend='aot_eager')(parameters, x), per_image(parameters, x)
+    for name in parameters: assert_close(ours[name], eager[name], rtol=1e-4, atol=1e-4)

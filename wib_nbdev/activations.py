@@ -7,7 +7,7 @@ __all__ = ['EQ7_SHIFT', 'CENTRED_GAIN', 'CENTRED_SHIFT', 'ACTIVATIONS', 'wib_rel
            'WIBReLUBatch', 'WIBReLUCode', 'predict_depth', 'simulate_depth', 'plot_depth', 'ZeroMean',
            'make_activation']
 
-# %% ../nbs/04_activations.ipynb #117cb489
+# %% ../nbs/04_activations.ipynb #7fb638c7
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,48 +25,59 @@ from .mean_shift import gaussian_moments, relu_moments
 from .style import THEORY, colour, label, new_axes, panels
 from .variance import plot_trials, simulate_layer
 
-# %% ../nbs/04_activations.ipynb #e5f16a3d
+# %% ../nbs/04_activations.ipynb #f7b4e7f8
 EQ7_SHIFT = relu_moments(math.sqrt(2)).mean  # Eq. 7 under Kaiming initialisation: 1/sqrt(pi), about 0.564
 
-# %% ../nbs/04_activations.ipynb #66b92272
+# %% ../nbs/04_activations.ipynb #78295b4a
 class _ShiftedReLU(torch.autograd.Function):
     "relu(x) - shift that keeps only its output for the backward pass: the tensor that the next layer keeps anyway."
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, shift: Any) -> Tensor: return x.clamp_min(0).sub_(shift)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
-        shift = inputs[1]
-        ctx.shift = shift if isinstance(shift, float) else None
-        ctx.save_for_backward(output, *([] if isinstance(shift, float) else [shift]))
+    def forward(ctx: Any, x: Tensor, shift: float | Tensor) -> Tensor:
+        output = x.clamp_min(0).sub_(shift)
+        ctx.shift = None if isinstance(shift, Tensor) else shift
+        ctx.save_for_backward(output, *([shift] if isinstance(shift, Tensor) else []))
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         output, *shift = ctx.saved_tensors
         if shift: return gradient * (output > -shift[0]), None
-        # In half precision the output is rounded, and the shift must be too: a comparison rounds it, the fused kernel does not.
+        # In half precision the output is rounded, and so must the shift be: a comparison rounds it, the fused kernel does not.
         if output.dtype in (torch.float16, torch.bfloat16): return gradient.masked_fill(output <= -ctx.shift, 0), None
         return torch.ops.aten.threshold_backward(gradient, output, -ctx.shift), None
 
-# %% ../nbs/04_activations.ipynb #c0cf6f02
-def _subtract(x: Tensor, shift: float | Tensor) -> Tensor:
-    "max(0, x) - shift; `TypeError` if x is not floating."
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
-        raise TypeError(f'x: must be a floating tensor, not {x.dtype if isinstance(x, Tensor) else type(x).__name__}')
+# %% ../nbs/04_activations.ipynb #c49ceaea
+def _check_floating(x: Tensor) -> None:
+    "`TypeError` if x is not a floating tensor."
+    if isinstance(x, Tensor) and x.is_floating_point(): return
+    raise TypeError(f'x: must be a floating tensor, not {x.dtype if isinstance(x, Tensor) else type(x).__name__}')
+
+# %% ../nbs/04_activations.ipynb #87b6580b
+def _subtract(x: Tensor, shift: float | Tensor, per_channel: bool = False) -> Tensor:
+    "max(0, x) - shift. `TypeError` if x is not floating, `ValueError` if a shift per channel does not fit its channels."
+    _check_floating(x)
+    if isinstance(shift, Tensor) and per_channel:
+        if x.dim() < 2 or x.shape[1] != len(shift):
+            raise ValueError(f'x of shape {tuple(x.shape)}: must be (batch, {len(shift)}, ...), since shift has {len(shift)} channels')
+        shift = shift.to(x).view(-1, *[1] * (x.dim() - 2))
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or (isinstance(shift, Tensor) and shift.requires_grad): return F.relu(x) - shift
     if x.requires_grad and torch.is_grad_enabled(): return _ShiftedReLU.apply(x, shift)
     return x.clamp_min(0).sub_(shift)
 
-# %% ../nbs/04_activations.ipynb #71d48822
+# %% ../nbs/04_activations.ipynb #ab3d5239
+# torch.fx takes these as they are instead of looking inside, so that a model with WIB-ReLU can be traced.
+for _name in ('_check_floating', '_subtract'): torch.fx.wrap(_name)
+
+# %% ../nbs/04_activations.ipynb #53ddb7a2
 def wib_relu(
     x:Tensor, # floating, any shape
     shift:float | Tensor=EQ7_SHIFT, # what is subtracted: one number, or a tensor that broadcasts against x without enlarging it
 ) -> Tensor:
-    "max(0, x) - shift, in the shape of x (paper, Eq. 8). `TypeError` if x is not floating, `ValueError` if the shift is not finite."
+    "max(0, x) - shift, in the shape of x (paper, Eq. 8). `TypeError` if x is not floating, `ValueError` if a number is no finite shift."
     return _subtract(x, shift if isinstance(shift, Tensor) else float(check_number(shift, 'shift')))
 
-# %% ../nbs/04_activations.ipynb #af31d5c3
+# %% ../nbs/04_activations.ipynb #c1cd6904
 def plot_curves(
     names:tuple[str, ...]=('relu', 'wib_relu', 'elu'), # elementwise activations of the registry
     ax:Axes | None=None, # axes to draw on; new ones if None
@@ -79,7 +90,7 @@ def plot_curves(
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     return ax
 
-# %% ../nbs/04_activations.ipynb #2df43198
+# %% ../nbs/04_activations.ipynb #67585b33
 class WIBReLU(nn.Module):
     "Reading A of Eq. 8: a constant shift, found beforehand, kept in `state_dict`. `ValueError` for a shift that is not finite."
     shift: float | Tensor
@@ -107,9 +118,7 @@ class WIBReLU(nn.Module):
         self,
         x:Tensor, # (batch, channels, ...) if the shift is per channel, else any shape
     ) -> Tensor:
-        shift = self.shift
-        if isinstance(shift, Tensor): shift = shift.to(x).view(-1, *[1] * (x.dim() - 2))
-        return _subtract(x, shift)
+        return _subtract(x, self.shift, per_channel=True)
 
     def extra_repr(self) -> str:
         return f'shift={self.shift:.4g}' if isinstance(self.shift, float) else f'shift=({len(self.shift)} channels)'
@@ -125,7 +134,7 @@ class WIBReLU(nn.Module):
         if key in state_dict: self.set_shift(state_dict[key])
         else: missing_keys.append(key)
 
-# %% ../nbs/04_activations.ipynb #4872cf1d
+# %% ../nbs/04_activations.ipynb #c89192ad
 def figure_5(
     fan_in:int=784, # inputs of the layer
     n_trials:int=50, # layers drawn
@@ -141,7 +150,7 @@ def figure_5(
     axes[0, 0].legend(frameon=False, ncols=3)
     return figure
 
-# %% ../nbs/04_activations.ipynb #cfdcb0ee
+# %% ../nbs/04_activations.ipynb #61c1d49e
 class WIBReLUBatch(nn.Module):
     "Reading B of Eq. 8: relu(x) minus its own mean over the batch while training, minus a running mean in evaluation."
     running_mean: Tensor
@@ -157,6 +166,7 @@ class WIBReLUBatch(nn.Module):
         self,
         x:Tensor, # floating, any shape
     ) -> Tensor:
+        _check_floating(x)
         activation = F.relu(x)
         if not self.training: return activation - self.running_mean.to(x.dtype)
         mean = activation.mean()
@@ -165,19 +175,21 @@ class WIBReLUBatch(nn.Module):
 
     def extra_repr(self) -> str: return f'momentum={self.momentum:g}'
 
-# %% ../nbs/04_activations.ipynb #38df9bb0
+# %% ../nbs/04_activations.ipynb #1b5a35a1
 class WIBReLUCode(nn.Module):
     "Reading C of Eq. 8, the authors' published code: relu(x) minus the batch mean of x itself, in training and in evaluation."
     def forward(
         self,
         x:Tensor, # floating, any shape
-    ) -> Tensor: return F.relu(x) - x.mean()
+    ) -> Tensor:
+        _check_floating(x)
+        return F.relu(x) - x.mean()
 
-# %% ../nbs/04_activations.ipynb #477fc537
+# %% ../nbs/04_activations.ipynb #bb3cef76
 CENTRED_GAIN = 1 / math.sqrt(relu_moments().var)  # sqrt(2 / (1 - 1/pi)), about 1.713
 CENTRED_SHIFT = relu_moments(CENTRED_GAIN).mean  # the shift that belongs to it, about 0.683
 
-# %% ../nbs/04_activations.ipynb #729349b3
+# %% ../nbs/04_activations.ipynb #ba7be19a
 def predict_depth(
     fn:Callable[[Tensor], Tensor], # elementwise activation
     gain:float, # weights have the standard deviation gain / sqrt(fan_in)
@@ -192,7 +204,7 @@ def predict_depth(
         rows.append(dict(layer=layer, mean=moments.mean, std=math.sqrt(moments.var)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/04_activations.ipynb #1cce25d4
+# %% ../nbs/04_activations.ipynb #3eb0e029
 def simulate_depth(
     fn:Callable[[Tensor], Tensor], # elementwise activation
     gain:float, # weights have the standard deviation gain / sqrt(fan_in)
@@ -210,7 +222,7 @@ def simulate_depth(
             rows.append(dict(network=network, layer=layer, mean=x.mean().item(), std=x.std(correction=0).item()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/04_activations.ipynb #14326580
+# %% ../nbs/04_activations.ipynb #7eaf8571
 def plot_depth(
     measured:dict[str, pd.DataFrame], # by activation name: frames of `simulate_depth`
     theory:dict[str, pd.DataFrame], # by activation name: frames of `predict_depth`
@@ -227,7 +239,7 @@ def plot_depth(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
-# %% ../nbs/04_activations.ipynb #50a325c8
+# %% ../nbs/04_activations.ipynb #74523153
 class ZeroMean(nn.Module):
     "Any elementwise activation, shifted so that a preact of N(0, preact_std^2) leaves it with mean 0; scaled to variance 1 on request."
     def __init__(
@@ -245,11 +257,13 @@ class ZeroMean(nn.Module):
     def forward(
         self,
         x:Tensor, # floating, any shape
-    ) -> Tensor: return (self.fn(x) - self.mean) * self.scale
+    ) -> Tensor:
+        _check_floating(x)
+        return (self.fn(x) - self.mean) * self.scale
 
     def extra_repr(self) -> str: return f'preact_std={self.preact_std:g}, mean={self.mean:.4g}, scale={self.scale:.4g}'
 
-# %% ../nbs/04_activations.ipynb #963b4a67
+# %% ../nbs/04_activations.ipynb #80ebab58
 _FACTORIES: dict[str, Callable[[], nn.Module]] = {
     'relu': nn.ReLU,
     'leaky_relu': nn.LeakyReLU,
@@ -267,7 +281,7 @@ _FACTORIES: dict[str, Callable[[], nn.Module]] = {
 }
 ACTIVATIONS = tuple(_FACTORIES)
 
-# %% ../nbs/04_activations.ipynb #1b86b5ea
+# %% ../nbs/04_activations.ipynb #a2f84574
 def make_activation(
     name:str, # one of `ACTIVATIONS`
 ) -> nn.Module:
