@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test lab docs bench check readme dist clean
+.PHONY: help reproduce test results lab docs bench check readme dist clean
 
 PYTHON ?= python3
 OLDEST := 3.10
@@ -28,6 +28,10 @@ test: $(DEV)  ## create .venv, install, run the notebooks' tests and pytest
 	@$(BIN)/python tests/run_notebooks.py
 	@$(BIN)/pytest
 
+results: $(LIBRARY)  ## run what results/ lacks of the full reproduction (hours; resumes), and merge it there
+	@$(BIN)/wib-nbdev data --download > /dev/null
+	@$(BIN)/python results/make.py
+
 lab: $(DEV)  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs/index.ipynb
 
@@ -40,7 +44,7 @@ bench: $(BENCH)  ## run the benchmarks beside their peers, one after the other
 check: $(DEV)  ## export and clean are no-ops; lint and types pass
 	@$(BIN)/python tests/check_generated.py
 	@$(BIN)/python docs/readme.py --check
-	@$(BIN)/ruff check nbs tests benchmarks docs setup.py
+	@$(BIN)/ruff check nbs tests benchmarks docs results setup.py
 	@$(BIN)/mypy
 
 readme: $(DEV)  ## write README.md from nbs/index.ipynb

@@ -14,7 +14,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from wib_nbdev import comparison as c
-from wib_nbdev.sweep import ARMS, Results, arm_grid, with_arms
+from wib_nbdev.sweep import ARMS, PAPER_ARMS, Results, arm_grid, full_plan, with_arms
 
 matplotlib.use('agg')
 PAPER = ('wib_relu', *c.RIVALS)
@@ -328,6 +328,23 @@ def test_a_rate_at_which_a_run_diverged_is_not_chosen():
     changed = results._replace(runs=runs)
     assert set(c.rate_table(c.select(changed, valid='holdout')).query('lr == 0.002')['diverged']) == {1}
     assert len(c.best_rates(changed)) == 2 and 0.002 not in set(c.best_rates(changed)['lr'])
+
+
+def test_unequal_budgets_choose_nothing():
+    "A rate that only one arm has been tried at: that data set waits, the other does not."
+    results = rates_results({'relu': 0.002, 'wib_relu': 0.01})
+    extra = results.runs.query("arm == 'relu' and dataset == 'cifar10' and valid == 'holdout' and lr == 0.01")['key']
+    lacking = results._replace(runs=results.runs[~results.runs['key'].isin(extra)])
+    assert set(c.best_rates(lacking)['dataset']) == {'fashion_mnist'}
+
+
+def test_the_last_runs_are_planned_when_the_grid_of_rates_is_whole():
+    curve = lambda config, epoch, split: 0.3 + 0.01 * config.seed + (0 if config.optimizer == 'sgd' and config.lr == 0.04 else 0.1)
+    held_out = [config for config in full_plan() if config.valid == 'holdout']
+    plan = c.best_rate_plan(results_of(held_out, curve))
+    assert len(plan) == len({config.key for config in plan}) == 2 * len(PAPER_ARMS) * 10
+    assert {(config.optimizer, config.lr, config.valid) for config in plan} == {('sgd', 0.04, 'test')}
+    assert c.best_rate_plan(results_of(held_out[1:], curve)) == []
 
 
 # Pictures

@@ -223,6 +223,39 @@ def test_merged_results_round_trip(tmp_path, undisturbed):
     pd.testing.assert_frame_equal(numbers(sweep.load_results(tmp_path / 'merged')), undisturbed, check_exact=True)
 
 
+def test_merged_results_go_back_into_a_store(tmp_path, undisturbed):
+    results = sweep.run_sweep(CONFIGS, tmp_path / 'store', n_jobs=1, progress=False, record={'every': 2})
+    sweep.write_results(results, tmp_path / 'merged')
+    assert sweep.restore_runs(tmp_path / 'merged', tmp_path / 'other') == len(CONFIGS)
+    before = {path: path.stat().st_mtime_ns for path in runs_in(tmp_path / 'other')}
+    again = sweep.run_sweep(CONFIGS, tmp_path / 'other', n_jobs=1, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in runs_in(tmp_path / 'other')} == before, 'nothing was computed again'
+    pd.testing.assert_frame_equal(numbers(again), undisturbed, check_exact=True)
+    pd.testing.assert_frame_equal(again.runs.sort_values('key', ignore_index=True), results.runs.sort_values('key', ignore_index=True),
+                                  check_exact=True, check_like=True)
+
+
+def test_merged_results_that_were_edited_are_refused(tmp_path, one_run):
+    results = sweep.load_results(one_run.parent)
+    sweep.write_results(results._replace(runs=results.runs.assign(lr=0.5)), tmp_path / 'merged')
+    with pytest.raises(sweep.DamagedRun, match='has another key'): sweep.restore_runs(tmp_path / 'merged', tmp_path / 'store')
+    sweep.write_results(results._replace(runs=results.runs.assign(numbers=0)), tmp_path / 'merged')
+    with pytest.raises(sweep.SweepError, match='cannot be mixed'): sweep.restore_runs(tmp_path / 'merged', tmp_path / 'store')
+    assert not runs_in(tmp_path / 'store')
+
+
+def test_a_run_says_which_commit_made_it(one_run):
+    assert 'commit' in sweep.read_run(one_run)['environment']
+
+
+def test_the_plan_watches_what_it_says():
+    plan = sweep.full_plan()
+    runs = pd.DataFrame([vars(config) for config in plan if sweep.watch(config)])
+    watched = sweep.with_arms(sweep.Results(runs, pd.DataFrame(), pd.DataFrame())).runs
+    assert set(watched['arm']) == set(sweep.WATCHED) and (watched.groupby(['arm', 'dataset']).size() == 3).all()
+    assert len({config.key for config in plan}) == len(plan)
+
+
 def test_no_results_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no runs: name another folder, or run a sweep'): sweep.load_results(tmp_path)
 

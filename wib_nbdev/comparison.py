@@ -7,10 +7,10 @@ __all__ = ['METRICS', 'RIVALS', 'MAIN', 'CLAIMED', 'ROPE', 'BOOTSTRAP_FROM', 'AR
            'PUBLISHED', 'kind_of', 'select', 'run_values', 'Interval', 'mean_interval', 'spread', 'learning_curves',
            'plot_curves', 'figure_12', 'figure_13', 'final_table', 'best_table', 'readable', 'pair', 'sign_flip_p',
            'p_next_seed', 'paired_power', 'seeds_needed', 'verdict', 'compare_pairs', 'holm', 'paired_differences',
-           'plot_forest', 'rate_table', 'best_rates', 'at_best_rates', 'plot_rates', 'figure_rates', 'epochs_to_loss',
-           'common_loss', 'speed_differences', 'in_words']
+           'plot_forest', 'rate_table', 'best_rates', 'at_best_rates', 'best_rate_plan', 'plot_rates', 'figure_rates',
+           'epochs_to_loss', 'common_loss', 'speed_differences', 'in_words']
 
-# %% ../nbs/10_comparison.ipynb #aeb4fb85
+# %% ../nbs/10_comparison.ipynb #a2da70f0
 import bisect
 import itertools
 import math
@@ -27,9 +27,9 @@ from scipy import stats
 from scipy.optimize import isotonic_regression
 from statsmodels.stats.multitest import multipletests
 
-from .config import check_number, one_of
+from .config import TrainConfig, check_number, one_of
 from .style import BAND, COLOURS, LABELS, MARKERS, THEORY, new_axes, panels
-from .sweep import PAPER_ARMS, Results, with_arms
+from .sweep import PAPER_ARMS, Results, arm_grid, full_plan, with_arms
 
 # %% ../nbs/10_comparison.ipynb #1d9da4ab
 METRICS = ('train loss', 'valid loss', 'train accuracy', 'valid accuracy')  # the four panels of Fig. 12 and 13
@@ -393,7 +393,7 @@ def plot_forest(
     ax.set_ylim(len(differences) - 0.5, -0.5)
     return ax
 
-# %% ../nbs/10_comparison.ipynb #ae1adf9a
+# %% ../nbs/10_comparison.ipynb #bbd3dc59
 def rate_table(
     results:Results, # runs over several learning rates, validated on one thing
     metric:str='valid accuracy', # one of `METRICS`
@@ -410,10 +410,15 @@ def rate_table(
 def best_rates(
     results:Results, # runs over several learning rates; those with valid='holdout' choose
 ) -> pd.DataFrame:
-    "Each data set's and arm's optimizer and lr with the highest mean held-out accuracy, last epoch; a rate at which a run diverged is out."
+    """Each data set's and arm's optimizer and lr with the highest mean held-out accuracy, last epoch. A rate at which a run diverged is
+    out, and so is a data set whose arms were not all tried at the same rates and seeds."""
     held_out = select(results, valid='holdout')
     if held_out.runs.empty: return pd.DataFrame()
+    budget = lambda runs: frozenset(runs[['optimizer', 'lr', 'seed']].itertuples(index=False))
+    tried = held_out.runs.groupby(['dataset', 'arm']).apply(budget)
+    fair = tried.groupby('dataset').nunique() == 1
     table = rate_table(held_out).query('diverged == 0')
+    table = table[table['dataset'].map(fair)]
     return table.loc[table.groupby(['dataset', 'arm'])['mean'].idxmax()].reset_index(drop=True)
 
 # %% ../nbs/10_comparison.ipynb #57653a1c
@@ -426,6 +431,18 @@ def at_best_rates(
     if chosen.empty or tested.runs.empty: return select(results, key=[])
     keys = tested.runs.merge(chosen[['dataset', 'arm', 'optimizer', 'lr']], on=['dataset', 'arm', 'optimizer', 'lr'])['key']
     return select(tested, key=list(keys))
+
+# %% ../nbs/10_comparison.ipynb #1342844c
+def best_rate_plan(
+    results:Results, # of `sweep.full_plan`
+    seeds:int=10, # of each arm
+) -> list[TrainConfig]:
+    "The last runs of the full reproduction: each of the paper's arms at its own best rate. None while the grid of rates is not whole."
+    grid = {config.key for config in full_plan(seeds) if config.valid == 'holdout'}
+    if not grid <= set(results.runs['key']): return []
+    chosen = best_rates(select(results, key=list(grid))).to_dict('records')
+    return [config for best in chosen for config in arm_grid([best['arm']], seed=range(seeds), **{
+        name: best[name] for name in ('dataset', 'optimizer', 'lr')})]
 
 # %% ../nbs/10_comparison.ipynb #6bd43e33
 def plot_rates(
