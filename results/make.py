@@ -11,12 +11,13 @@ from pathlib import Path
 import pandas as pd
 
 from wib_nbdev import sweep
+from wib_nbdev.claims import judge
 from wib_nbdev.comparison import best_rate_plan, with_arms
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SHIPPED = ROOT / 'wib_nbdev' / 'results'  # what goes into the wheel: all but the layers
-FILES = ('runs.csv', 'epochs.parquet', 'layers.parquet')
+FILES = ('runs.csv', 'epochs.parquet', 'layers.parquet', 'verdicts.csv')
 
 
 def git(*words: str) -> str:
@@ -84,7 +85,9 @@ The criteria that judge these runs (`nbs/11_claims.ipynb`) were first committed 
 - `layers.parquet`: key, iteration (every second), layer, mean, std (population), inactive and near-zero shares
   (`wib_nbdev.recorder.NEAR_ZERO`), in float32.
 
-`wib_nbdev/results` holds copies of the first two, which the wheel ships. `wib_nbdev.sweep.load_results('results')` reads this folder.
+- `verdicts.csv`: a line a claim, as `wib_nbdev.claims.judge` gives it for these files.
+
+`wib_nbdev/results` holds copies of all but the layers, which the wheel ships. `wib_nbdev.sweep.load_results('results')` reads this folder.
 '''
 
 
@@ -99,6 +102,8 @@ def main() -> None:
     results = sweep.load_results(options.store) if options.merge else run_all(options.store, options.root, options.jobs)
     sweep.write_results(results, HERE)
     sweep.write_results(results._replace(layers=pd.DataFrame()), SHIPPED)
+    verdicts = judge(sweep.load_results(HERE))
+    for folder in (HERE, SHIPPED): verdicts.to_csv(folder / 'verdicts.csv', index=False)
     (HERE / 'README.md').write_text(readme(results))
     print(f'{len(results.runs)} runs are in {HERE}')
 

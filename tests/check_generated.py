@@ -1,4 +1,4 @@
-"""Fails if nbdev_export or nbdev_clean would change a file: the library is the notebooks', and the notebooks carry no stray state."""
+"""Fails if nbdev would change a file: the library is the notebooks', the notebooks carry no stray state, the site knows the settings."""
 import hashlib
 import subprocess
 import sys
@@ -9,14 +9,17 @@ BIN = Path(sys.executable).parent
 
 
 def digests() -> dict[str, str]:
-    files = [*ROOT.glob('nbs/*.ipynb'), *ROOT.glob('wib_nbdev/*.py'), ROOT / 'pyproject.toml', ROOT / 'settings.ini']
+    patterns = ('nbs/*.ipynb', 'nbs/*.yml', 'wib_nbdev/*.py', 'pyproject.toml', 'settings.ini')
+    files = [file for pattern in patterns for file in ROOT.glob(pattern)]
     return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 before = digests()
-for command in ('nbdev_export', 'nbdev_clean'):
-    subprocess.run([BIN / command], cwd=ROOT, check=True)
+commands = {command: [BIN / command] for command in ('nbdev_export', 'nbdev_clean')}
+commands['refresh_quarto_yml'] = [sys.executable, '-c', 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()']
+for name, command in commands.items():
+    subprocess.run(command, cwd=ROOT, check=True)
     after = digests()
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed: sys.exit(f"{command} changed {', '.join(changed)}: run it and commit what it writes")
-print('nbdev_export and nbdev_clean are no-ops')
+    changed = sorted(file for file in before.keys() | after.keys() if before.get(file) != after.get(file))
+    if changed: sys.exit(f"{name} changed {', '.join(changed)}: run it and commit what it writes")
+print('nbdev_export, nbdev_clean and refresh_quarto_yml are no-ops')

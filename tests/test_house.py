@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob('nbs/[0-9][0-9]_*.ipynb'))
@@ -157,3 +158,11 @@ def test_pins_keep_nbdev_working():
     assert {'nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2'} <= set(dev)
     library = {re.split(r'[<>=~!]', name)[0] for name in facts['DEFAULT']['requirements'].split()}
     assert not library & {'nbdev', 'fastcore', 'execnb', 'jupyterlab', 'pytest'}
+
+
+def test_the_site_of_quarto_has_its_files():
+    "nbdev_docs builds with Quarto where that is installed: its settings parse, and what they name is there."
+    settings = yaml.safe_load((ROOT / 'nbs' / '_quarto.yml').read_text())
+    assert (ROOT / 'nbs' / settings['format']['html']['css']).exists()
+    facts = yaml.safe_load((ROOT / 'nbs' / 'nbdev.yml').read_text())
+    assert settings['metadata-files'][0] == 'nbdev.yml' and facts['website']['title'] == 'wib_nbdev'

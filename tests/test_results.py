@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from wib_nbdev import sweep
+from wib_nbdev.claims import committed_verdicts, judge
 from wib_nbdev.config import TrainConfig
 from wib_nbdev.data import load
 from wib_nbdev.training import train
@@ -32,13 +33,13 @@ def configs(results: sweep.Results) -> list[TrainConfig]:
 def test_the_readme_names_each_file_as_it_is():
     page = (RESULTS / 'README.md').read_text()
     said = dict(re.findall(r'^\| `(\w+\.\w+)` .* `([0-9a-f]{64})` \|$', page, re.M))
-    assert set(said) == {'runs.csv', 'epochs.parquet', 'layers.parquet'}
+    assert set(said) == {'runs.csv', 'epochs.parquet', 'layers.parquet', 'verdicts.csv'}
     for name, digest in said.items(): assert hashlib.sha256((RESULTS / name).read_bytes()).hexdigest() == digest, name
 
 
 def test_sizes_and_the_copies_in_the_package():
     assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 25e6
-    for name in ('runs.csv', 'epochs.parquet'):
+    for name in ('runs.csv', 'epochs.parquet', 'verdicts.csv'):
         assert (SHIPPED / name).read_bytes() == (RESULTS / name).read_bytes() and (SHIPPED / name).stat().st_size < 1e6
 
 
@@ -50,6 +51,12 @@ def test_every_run_is_whole_and_has_its_key(results):
     finished = runs['status'] == 'finished'
     assert (counts[finished] == runs.loc[finished, 'epochs']).all() and set(runs['status']) <= {'finished', 'diverged'}
     assert np.isfinite(results.epochs.loc[results.epochs['key'].isin(runs.index[finished]), ['loss', 'accuracy']]).all(axis=None)
+
+
+def test_the_verdicts_are_those_of_these_runs(results):
+    said, now = committed_verdicts(), judge(results)
+    pd.testing.assert_frame_equal(said[['id', 'verdict', 'n_runs']], now[['id', 'verdict', 'n_runs']])
+    np.testing.assert_allclose(said[['value', 'low', 'high']], now[['value', 'low', 'high']].astype(float), rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_is_there_that_was_not_planned(results):

@@ -7,8 +7,8 @@ __all__ = ['METRICS', 'RIVALS', 'MAIN', 'CLAIMED', 'ROPE', 'BOOTSTRAP_FROM', 'AR
            'PUBLISHED', 'kind_of', 'select', 'run_values', 'Interval', 'mean_interval', 'spread', 'learning_curves',
            'plot_curves', 'figure_12', 'figure_13', 'final_table', 'best_table', 'readable', 'pair', 'sign_flip_p',
            'p_next_seed', 'paired_power', 'seeds_needed', 'verdict', 'compare_pairs', 'holm', 'paired_differences',
-           'plot_forest', 'rate_table', 'best_rates', 'at_best_rates', 'best_rate_plan', 'plot_rates', 'figure_rates',
-           'epochs_to_loss', 'common_loss', 'speed_differences', 'in_words']
+           'plot_forest', 'figure_forest', 'rate_table', 'best_rates', 'at_best_rates', 'best_rate_plan', 'plot_rates',
+           'figure_rates', 'epochs_to_loss', 'common_loss', 'speed_differences', 'in_words']
 
 # %% ../nbs/10_comparison.ipynb #a2da70f0
 import bisect
@@ -392,6 +392,16 @@ def plot_forest(
     ax.set_yticks(range(len(differences)), names)
     ax.set_ylim(len(differences) - 0.5, -0.5)
     return ax
+
+# %% ../nbs/10_comparison.ipynb #3fbaf98a
+def figure_forest(
+    differences:pd.DataFrame, # of `paired_differences`
+    metrics:Sequence[str]=('valid loss', 'valid accuracy'), # which
+) -> Figure:
+    "`plot_forest` of some metrics, side by side."
+    figure, axes = panels(1, len(metrics), panel_size=(4.9, 3), sharey=True)
+    for ax, metric in zip(axes.flat, metrics, strict=True): plot_forest(differences[differences['metric'] == metric], ax)
+    return figure
 
 # %% ../nbs/10_comparison.ipynb #bbd3dc59
 def rate_table(
