@@ -1,7 +1,9 @@
 """What the tests share: the option that runs slow tests, and the skips that say why."""
 import importlib.util
 import os
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,34 @@ def fresh_compiler():
 def root() -> Path:
     "The checkout."
     return ROOT
+
+
+@pytest.fixture(scope='session')
+def built(tmp_path_factory) -> Path:
+    "A folder with the wheel and the sdist, built from the files that git would commit; the wheel is built from the sdist."
+    source, dist = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('dist')
+    listing = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    files = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True)
+    for name in files.stdout.decode().split('\0'):
+        if not name or not (ROOT / name).is_file(): continue
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', dist, source], check=True, capture_output=True)
+    return dist
+
+
+@pytest.fixture(scope='session')
+def installed(built, tmp_path_factory) -> Path:
+    """The Python of an environment that holds the wheel; the dependencies come from this environment.
+
+    Installing torch anew for some tests would take gigabytes, so a .pth file points here. A plain path line adds the folder but does
+    not run its own .pth files, so the editable checkout stays out of reach.
+    """
+    environment = tmp_path_factory.mktemp('installed')
+    subprocess.run([sys.executable, '-m', 'venv', environment], check=True)
+    python = environment / 'bin' / 'python'
+    subprocess.run([python, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', next(built.glob('*.whl'))], check=True)
+    ask = [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))']
+    site = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    (Path(site) / 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    return python

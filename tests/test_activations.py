@@ -56,7 +56,7 @@ def test_gradcheck_of_the_module(unit):
 def test_dtype_is_kept(unit, dtype, grad):
     x = images().to(dtype).requires_grad_(grad)
     out = unit()(x)
-    shift = torch.as_tensor(unit().shift).view(-1, 1, 1).to(dtype)
+    shift = unit().shift.view(-1, 1, 1).to(dtype)
     assert out.dtype == dtype
     assert_close(out, F.relu(x) - shift)
 
@@ -69,7 +69,7 @@ def test_dtype_is_kept(unit, dtype, grad):
 def test_layouts(unit, x):
     x = x.detach().requires_grad_()
     module = unit()
-    shift = torch.as_tensor(module.shift).view(-1, *[1] * (x.dim() - 2))
+    shift = module.shift.view(-1, *[1] * (x.dim() - 2)).to(x.dtype)
     out = module(x)
     assert torch.equal(out, F.relu(x) - shift)
     out.sum().backward()
@@ -181,7 +181,8 @@ def test_moves_with_the_module():
     unit = WIBReLU(torch.tensor([0.1, 0.2, 0.3])).to(torch.float64)
     assert unit.shift.dtype == torch.float64
     assert unit.to('meta').shift.device.type == 'meta'
-    assert isinstance(WIBReLU(torch.tensor(0.25)).shift, float)
+    number = WIBReLU(torch.tensor(0.25)).half().shift
+    assert number.dtype == torch.float64 and number.shape == () and number == 0.25
 
 
 @pytest.mark.cuda
@@ -314,3 +315,135 @@ def test_per_image_gradients_under_compile(unit):
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     ours, eager = torch.compile(per_image, backend='aot_eager')(parameters, x), per_image(parameters, x)
     for name in parameters: assert_close(ours[name], eager[name], rtol=1e-4, atol=1e-4)
+
+
+LENT = {'number': torch.tensor(0.25), 'per channel': torch.tensor([0.2, 0.4, 0.6])}
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_functional_call_with_a_state_dict(unit):
+    "As `torch.func` documents it: what the dictionary says is used, the module and the dictionary stay as they were."
+    model, x = small(unit()), images()
+    state, before = model.state_dict(), model(x).detach()
+    handed = dict(state)
+    assert torch.equal(torch.func.functional_call(model, handed, x), before)
+    assert all(handed[name] is state[name] for name in state)
+    doubled = {name: 2 * value for name, value in state.items()}
+    other = small(unit())
+    other.load_state_dict(doubled)
+    assert torch.equal(torch.func.functional_call(model, doubled, x), other(x))
+    assert torch.equal(model(x), before) and isinstance(model[1]._shift, float) == (not unit().shift.dim())
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize('lent', LENT.values(), ids=LENT)
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_functional_call_with_either_form_of_a_shift(unit, lent, grad, dtype):
+    module, x = unit(), images().to(dtype).requires_grad_(grad)
+    before = copy.deepcopy(module)
+    out = torch.func.functional_call(module, {'shift': lent}, x)
+    assert torch.equal(out, WIBReLU(lent)(x))
+    if grad:
+        gradients = [torch.autograd.grad(each.float().sum(), x)[0] for each in (out, WIBReLU(lent)(x))]
+        assert torch.equal(*gradients)
+    assert torch.equal(module.shift, before.shift) and repr(module) == repr(before) and module._buffers.keys() == before._buffers.keys()
+    assert module.state_dict().keys() == {'shift'} and torch.equal(module.double().state_dict()['shift'], before.double().shift)
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_transforms_of_a_whole_state_dict(unit):
+    "Gradients reach the shift, an ensemble has shifts of its own, and both under the compiler."
+    model, x = small(unit()), images()
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    loss = lambda state: torch.func.functional_call(model, state, x).square().mean()
+    gradients = torch.func.grad(loss)(state)
+    step = torch.zeros_like(state['1.shift']) + 1e-3
+    moved = [loss({**state, '1.shift': state['1.shift'] + sign * step}) for sign in (-1, 1)]
+    assert_close((moved[1] - moved[0]) / 2e-3, gradients['1.shift'].sum().to(x.dtype), rtol=1e-2, atol=1e-4)
+    ensemble = {name: torch.stack([value, 2 * value]) for name, value in state.items()}
+    alone = torch.stack([loss({name: value[i] for name, value in ensemble.items()}) for i in range(2)])
+    assert_close(torch.vmap(loss)(ensemble), alone)
+    compiled = torch.compile(torch.func.grad(loss), backend='aot_eager')(state)
+    for name in state: assert_close(compiled[name], gradients[name])
+    assert isinstance(model[1]._shift, float) == (not unit().shift.dim())
+    assert torch.equal(model.state_dict()['1.shift'], state['1.shift'])
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+@pytest.mark.parametrize('mode', ['real', 'fake'])
+def test_a_functional_call_can_be_traced(unit, mode):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    model, x = small(unit()), images()
+    call = lambda state, x: torch.func.functional_call(model, state, x)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    graph = make_fx(call, tracing_mode=mode)(state, x)
+    other = {name: 2 * value for name, value in state.items()}
+    assert_close(graph(other, x), call(other, x))
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_compiled_functional_call_without_a_graph_break(unit):
+    model, x = small(unit()), images()
+    call = lambda state, x: torch.func.functional_call(model, state, x)
+    compiled = torch.compile(call, fullgraph=True, backend='aot_eager')
+    for factor in (1, 2):
+        state = {name: factor * value for name, value in model.state_dict().items()}
+        assert_close(compiled(state, x), call(state, x))
+
+
+def test_a_number_survives_its_file_to_the_last_digit():
+    buffer = io.BytesIO()
+    torch.save(WIBReLU(EQ7_SHIFT).state_dict(), buffer)
+    buffer.seek(0)
+    unit = WIBReLU(0.0)
+    unit.load_state_dict(torch.load(buffer, weights_only=True))
+    assert unit.shift.item() == EQ7_SHIFT
+
+
+def test_a_file_with_a_number_in_float32_loads():
+    unit = WIBReLU(0.0)
+    unit.load_state_dict({'shift': torch.tensor(0.4, dtype=torch.float32)})
+    assert unit.shift.dtype == torch.float64 and unit.shift.item() == torch.tensor(0.4).item()
+    assert torch.equal(unit(images()), WIBReLU(0.4)(images()))
+
+
+def test_assigning_a_shift():
+    unit, x = WIBReLU(), images()
+    unit.shift = 0.25
+    assert unit.shift.item() == 0.25 and torch.equal(unit(x), wib_relu(x, 0.25))
+    with pytest.raises(ValueError, match='shift=nan'): unit.shift = math.nan
+    assert unit.shift.item() == 0.25
+    unit.shift = LENT['per channel']
+    assert unit.shift is LENT['per channel'] and unit.double().shift.dtype == torch.float64
+    assert torch.equal(unit(x.double())[0, :, 0, 0], WIBReLU(LENT['per channel'].double())(x.double())[0, :, 0, 0])
+    unit.shift = 1
+    assert unit.shift.item() == 1 and not list(unit.buffers())
+    unit.shift *= 0.5  # in place, then assigned
+    assert unit.shift.item() == 0.5 and torch.equal(unit(x), wib_relu(x, 0.5)) and unit.state_dict()['shift'] == 0.5
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_a_saved_state_does_not_follow_the_module(unit):
+    module = unit()
+    saved = {name: value.clone() for name, value in module.state_dict().items()}
+    module.state_dict()['shift'].add_(0 if module.shift.dim() else 1)  # as running averages of a state do
+    assert torch.equal(module.state_dict()['shift'], saved['shift']) and torch.equal(module(images()), unit()(images()))
+
+
+def test_an_empty_batch_leaves_the_running_mean_alone():
+    unit = WIBReLUBatch()
+    unit(images())
+    before = unit.running_mean.clone()
+    empty = torch.empty(0, 3, 8, 8, requires_grad=True)
+    unit(empty).sum().backward()
+    assert torch.equal(unit.running_mean, before) and empty.grad.shape == empty.shape
+    assert torch.isfinite(unit.eval()(images())).all()
+
+
+@pytest.mark.parametrize('name', ['wib_relu', 'wib_relu_batch', 'wib_relu_code'])
+def test_fx_traces_every_reading_in_training(name):
+    model, x = small(make_activation(name)), images()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    for _ in range(2): assert torch.equal(traced(x), model(x))
+    for ours, theirs in zip(traced.buffers(), model.buffers(), strict=True): assert torch.equal(ours, theirs)

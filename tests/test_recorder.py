@@ -26,6 +26,7 @@ from wib_nbdev.recorder import (
     _add_array,
     _add_tensor,
     _Ends,
+    _floor,
     activation_of,
     count_below,
     cuts,
@@ -162,6 +163,11 @@ def test_an_activation_shared_by_two_layers_counts_for_each_alone():
     nn.init.constant_(model[1][2].bias, -9.0)
     with ActivationRecorder(model, ['0', '1']) as recorder: model(torch.randn(32, 4, generator=seeded()) * 0.1)
     assert list(recorder.to_frame()['inactive']) == [0.0, 1.0]
+
+
+def test_a_floor_is_known_for_a_single_shift():
+    assert _floor(WIBReLU(0.5)) == -0.5 - 0.5 / 64 and _floor(WIBReLU(-0.5)) == 0.5 - 0.5 / 64
+    assert _floor(WIBReLU(torch.tensor([0.1, 0.2]))) == -np.inf
 
 
 def test_resnet18_with_its_activations_called_twice_in_place():

@@ -671,12 +671,76 @@ def test_ddp_with_two_processes(tmp_path):
         dist.destroy_process_group()
         print('done', rank)
     '''))
+    run_in_two_processes(script, tmp_path)
+
+
+def run_in_two_processes(script, folder):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    processes = [subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], **pipes) for rank in range(2)]
+    processes = [subprocess.Popen([sys.executable, script, str(rank), str(folder)], **pipes) for rank in range(2)]
     for rank, process in enumerate(processes):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and f'done {rank}' in out, err
+
+
+def test_ddp_after_calibrating_in_one_process(tmp_path):
+    "The recipe of notebook 12, and why it is needed: DDP makes the weights agree, not the single shifts."
+    script = tmp_path / 'agree.py'
+    script.write_text(textwrap.dedent('''
+        import sys, torch
+        import torch.distributed as dist
+        from torch import nn
+        from torch.nn.parallel import DistributedDataParallel
+        from wib_nbdev.surgery import calibrate, swap_activations
+
+        def gathered(value):
+            values = [torch.empty_like(value) for _ in range(2)]
+            dist.all_gather(values, value)
+            return values
+
+        def network(seed):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU(), nn.Flatten())
+            swap_activations(model)
+            return model
+
+        def shifts(model): return torch.stack([value for name, value in model.state_dict().items() if name.endswith('shift')])
+
+        rank, folder = int(sys.argv[1]), sys.argv[2]
+        dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+        x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(rank))
+
+        alone = network(rank)
+        calibrate(alone, x)
+        wrapped = DistributedDataParallel(alone)
+        assert torch.equal(*gathered(alone[0].weight.detach())) and not torch.equal(*gathered(shifts(alone)))
+
+        model = network(rank)
+        if rank == 0: calibrate(model, x)
+        state = [model.state_dict()]
+        dist.broadcast_object_list(state, src=0)
+        model.load_state_dict(state[0])
+        wrapped = DistributedDataParallel(model)
+        assert torch.equal(*gathered(shifts(model))) and shifts(model).min() > 0
+        optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            wrapped(x).square().mean().backward()
+            optimizer.step()
+        same = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(9))
+        assert torch.equal(*gathered(wrapped(same).detach()))
+        dist.destroy_process_group()
+        print('done', rank)
+    '''))
+    run_in_two_processes(script, tmp_path)
+
+
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_functional_call_with_the_state_dict_of_a_calibrated_model(per_channel):
+    x = images(8, 3, 32, 32)
+    model, other = calibrated_cnn(x, per_channel), plain_cnn(3, activation='wib_relu').eval()
+    assert torch.equal(torch.func.functional_call(other, model.state_dict(), x), model(x))
+    assert not torch.equal(other(x), model(x))
 
 
 # Pictures, predictions, TensorBoard

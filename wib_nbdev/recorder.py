@@ -196,7 +196,7 @@ class _Ledger:
         warnings.warn(f'the recorder is full (capacity={self.capacity}): it keeps every second record and goes on with every={self.every}',
                       stacklevel=2)
 
-# %% ../nbs/07_recorder.ipynb #ab146f93
+# %% ../nbs/07_recorder.ipynb #c649956d
 ACTIVATION_TYPES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid,
     nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Softsign, nn.Tanhshrink,
@@ -204,7 +204,7 @@ ACTIVATION_TYPES: tuple[type[nn.Module], ...] = (
     WIBReLU, WIBReLUBatch, WIBReLUCode, ZeroMean,
 )
 
-# %% ../nbs/07_recorder.ipynb #e8b4057d
+
 def activation_of(
     layer:nn.Module, # any module
     types:tuple[type[nn.Module], ...]=ACTIVATION_TYPES, # the classes that count as activations
@@ -213,7 +213,7 @@ def activation_of(
     while isinstance(layer, nn.Sequential) and len(layer) and not isinstance(layer, types): layer = layer[-1]
     return layer if isinstance(layer, types) else None
 
-# %% ../nbs/07_recorder.ipynb #1596d4b8
+# %% ../nbs/07_recorder.ipynb #f1c2208d
 def find_layers(
     model:nn.Module, # any
     layers:Sequence[str] | None=None, # module names; None: every activation and the last module without children
@@ -230,7 +230,7 @@ def find_layers(
         raise ValueError(f'layers: {name!r} is not a module of the model' + (f'; did you mean {near[0]!r}?' if near else ''))
     return {name: modules[name] for name in layers}
 
-# %% ../nbs/07_recorder.ipynb #0ad57092
+
 def _default_layers(modules:dict[str, nn.Module], types:tuple[type[nn.Module], ...]) -> list[str]:
     "The names of the outermost activations, and of the last module that has no children."
     names = [name for name, module in modules.items() if isinstance(module, types)]
@@ -293,18 +293,19 @@ def _refuse_compiled(model:nn.Module) -> None:
             raise ValueError(f'model: {part} is compiled, and compiled code may skip hooks: give the model as it was before '
                              '(compiled._orig_mod after torch.compile; a new one after model.compile())')
 
-# %% ../nbs/07_recorder.ipynb #717e21ba
+# %% ../nbs/07_recorder.ipynb #59d771af
 def _keeps_sign(activation:nn.Module | None) -> bool:
     "Whether the output is known to be positive exactly where the preact is."
     slope: Any = getattr(activation, 'negative_slope', getattr(activation, 'alpha', 1.0))
     return type(activation) in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Tanh) and slope >= 0
 
-# %% ../nbs/07_recorder.ipynb #98e02e82
+
 def _floor(activation:nn.Module | None) -> float:
     "A number that no output is less than, in any precision; -inf if none is known."
     if type(activation) in (nn.ReLU, nn.ReLU6): return 0.0
-    if type(activation) is WIBReLU and isinstance(activation.shift, float): return -activation.shift - abs(activation.shift) / 64
-    return -inf
+    if type(activation) is not WIBReLU or activation.shift.dim(): return -inf
+    shift = float(activation.shift)
+    return -shift - abs(shift) / 64
 
 # %% ../nbs/07_recorder.ipynb #895b6a3d
 class _Layers(_Passes):

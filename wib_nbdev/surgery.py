@@ -499,7 +499,7 @@ def _layer_before(node: Any, reader: fx.Node, modules: dict[str, nn.Module]) -> 
         raise ValueError('; '.join(reasons) or 'its input is a sum with itself')
     raise ValueError(f'its input comes from {node}, which is no linear, convolutional or batch norm layer')
 
-# %% ../nbs/12_surgery.ipynb #347c17ed
+# %% ../nbs/12_surgery.ipynb #5800e21e
 def _layer_to_fold(model: nn.Module, calls: dict[str, list[fx.Node]], name: str, checked: bool) -> str:
     "The name of the layer that can take the unit's shift into its bias. `ValueError` that says why there is none."
     modules: dict[str, Any] = dict(model.named_modules())
@@ -511,7 +511,7 @@ def _layer_to_fold(model: nn.Module, calls: dict[str, list[fx.Node]], name: str,
     if not _owned(model, layer, ('bias',)) or (isinstance(layer, _BatchNorm) and not layer.affine):
         raise ValueError(f'{target} has no bias of its own')
     if any(m._forward_hooks or m._forward_pre_hooks for m in (layer, unit)): raise ValueError(f'{target} or the unit carries hooks')
-    if isinstance(layer, nn.Linear) and isinstance(unit.shift, Tensor) and not checked:
+    if isinstance(layer, nn.Linear) and unit.shift.dim() and not checked:
         raise ValueError(f'{target} may put out more than two dimensions; give a batch to check')
     return target
 
