@@ -2,17 +2,26 @@
 
     python docs/build.py
 """
+import importlib
+import inspect
 import json
 import re
 import shutil
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 from nbdev.serve import proc_nbs
+from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).parents[1]
-SOURCE, SITE = ROOT / '_proc' / 'site', ROOT / '_docs'
+SOURCE, SITE, EXTRA = ROOT / '_proc' / 'site', ROOT / '_docs', ROOT / '_proc' / 'extra'
+
+
+def tidy(page: str) -> str:
+    "A function's documentation without its rule, and a default that is a class as Python has it."
+    return re.sub(r"<class '([\w.]+)'>", r'\1', re.sub(r'^---\s*$', '', page, flags=re.M)).strip()
 
 
 def mend(cell: dict) -> dict:
@@ -24,8 +33,7 @@ def mend(cell: dict) -> dict:
     for output in cell.get('outputs', []):
         page = output.get('data', {}).get('text/markdown')
         if not page: continue
-        page = re.sub(r'^---\s*$', '', ''.join(page), flags=re.M)
-        output['data']['text/markdown'] = re.sub(r"<class '([\w.]+)'>", r'\1', page)  # a default that is a class, as Python has it
+        output['data']['text/markdown'] = tidy(''.join(page))
     return {**cell, 'source': re.sub(r'^#\|.*\n?', '', text, flags=re.M)}
 
 
@@ -39,16 +47,54 @@ def pages() -> list[str]:
         notebook['cells'] = [mend(cell) for cell in notebook['cells'] if ''.join(cell['source']).strip()]
         (SOURCE / path.name).write_text(json.dumps(notebook))
     for path in (ROOT / 'docs').glob('*.md'): shutil.copy(path, SOURCE)
+    for path in (ROOT / 'docs').glob('*.png'): shutil.copy(path, SOURCE)
     shutil.copy(ROOT / 'CHANGELOG.md', SOURCE / 'changelog.md')
     return [path.stem for path in notebooks]
+
+
+def api_page(module: str, repository: str) -> str:
+    "Everything public in a module, as nbdev documents it, with a link to each source."
+    loaded = importlib.import_module(f'wib_nbdev.{module}')
+    parts = [f'# wib_nbdev.{module}', loaded.__doc__.strip()]
+    for name in loaded.__all__:
+        thing = getattr(loaded, name)
+        if not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
+        page = show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
+        line = inspect.getsourcelines(thing)[1]
+        parts += [tidy(page), f'[source]({repository}/blob/main/wib_nbdev/{module}.py#L{line})']
+    return '\n\n'.join(parts) + '\n'
+
+
+def api(stems: list[str]) -> list[str]:
+    "Writes a page a module; returns their names for the table of contents."
+    facts = ConfigParser(delimiters=['='])
+    facts.read(ROOT / 'settings.ini', encoding='utf-8')
+    (SOURCE / 'api').mkdir()
+    modules = [stem[3:] for stem in stems]
+    for module in modules: (SOURCE / 'api' / f'{module}.md').write_text(api_page(module, facts['DEFAULT']['git_url']))
+    return [f'api/{module}' for module in modules]
+
+
+def toctree(caption: str, names: list[str]) -> str:
+    return '\n'.join(['```{toctree}', f':caption: {caption}', ':maxdepth: 1', ':hidden:', '', *names, '```', ''])
+
+
+def report() -> None:
+    "The report of the committed full reproduction, beside the pages that link to it."
+    from wib_nbdev.report import write_report
+    from wib_nbdev.sweep import load_results
+    EXTRA.mkdir(parents=True, exist_ok=True)
+    write_report(load_results(ROOT / 'results'), EXTRA / 'report.html')
 
 
 def main() -> int:
     proc_nbs(n_workers=0, force=True)
     stems = pages()
-    tree = '\n'.join(['```{toctree}', ':caption: Notebooks', ':maxdepth: 1', ':hidden:', '', *stems, 'changelog', '```'])
-    front = (ROOT / 'README.md').read_text().replace('](nbs/', '](')
-    (SOURCE / 'index.md').write_text(f'{front}\n\n{tree}\n')
+    chapters = {'Start': ['which', 'cluster'], 'Notebooks': stems, 'Library': api(stems), 'Project': ['changelog']}
+    trees = [toctree(caption, names) for caption, names in chapters.items()]
+    front = (ROOT / 'README.md').read_text().replace('](nbs/', '](').replace('](docs/', '](')
+    (SOURCE / 'index.md').write_text('\n\n'.join([front, *trees]))
+    report()
     shutil.rmtree(SITE, ignore_errors=True)
     settings = ['-c', str(ROOT / 'docs'), '-d', str(ROOT / '_proc' / 'doctrees')]
     code = sphinx(['-W', '--keep-going', '-q', '-b', 'html', *settings, str(SOURCE), str(SITE)])

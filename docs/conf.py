@@ -22,3 +22,4 @@ html_theme = 'furo'
 html_title = project
 html_show_sourcelink = False
 html_copy_source = False
+html_extra_path = ['../_proc/extra']  # the report

@@ -192,15 +192,21 @@ def test_one_data_set_is_half_the_claim(paper_world, null_world):
 
 def test_a_missing_rival_is_named(paper_world):
     without = only(paper_world, lambda runs: runs['arm'] != 'prelu')
-    with pytest.warns(UserWarning, match='10 seeds have no pair'):
-        verdicts = c.judge(without, claims=some(['fig12', 'fig13_elu'])).set_index('id')
+    verdicts = c.judge(without, claims=some(['fig12', 'fig13_elu'])).set_index('id')
     assert 'prelu on fashion_mnist: 0 pairs of seeds' in verdicts.loc['fig12', 'why'] and verdicts.loc['fig13_elu', 'verdict'] == 'holds'
+
+
+def test_lost_seeds_are_warned_of_where_enough_are_left(paper_world):
+    without = only(paper_world, lambda runs: ~((runs['arm'] == 'prelu') & (runs['seed'] == 0)))
+    with pytest.warns(UserWarning, match='1 seeds have no pair'):
+        assert c.judge(without, claims=some(['fig12'])).loc[0, 'verdict'] != 'cannot be tested'
 
 
 def test_records_too_thin_for_a_window(paper_world):
     thin = paper_world._replace(layers=paper_world.layers[paper_world.layers['iteration'] % 25 == 0])
     verdicts = c.judge(thin, claims=some(['fig9_swings', 'fig8'])).set_index('id')
-    assert '10 recorded iterations from 0 to 20' in verdicts.loc['fig9_swings', 'why'] and verdicts.loc['fig8', 'verdict'] == 'holds'
+    assert '10 or more recorded iterations from 0 to 20' in verdicts.loc['fig9_swings', 'why']
+    assert verdicts.loc['fig8', 'verdict'] == 'holds'
 
 
 def test_another_reading_is_judged_by_its_own_runs(paper_world):

@@ -16,7 +16,10 @@ def run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('words', [['--help'], ['train', '--help'], ['data', '--help'], ['reproduce', '--help']], ids=' '.join)
+COMMANDS = ('reproduce', 'train', 'sweep', 'claims', 'report', 'diagnose', 'data')
+
+
+@pytest.mark.parametrize('words', [['--help'], *([name, '--help'] for name in COMMANDS)], ids=' '.join)
 def test_help_teaches(words):
     page = run(*words)
     assert page.returncode == 0 and page.stderr == ''
@@ -25,13 +28,15 @@ def test_help_teaches(words):
 
 def test_the_examples_in_the_help_parse():
     "Each example, with `--help` appended, is understood to its end."
-    examples = {line.strip() for words in (['train'], ['data'], ['reproduce']) for line in run(*words, '--help').stdout.splitlines()
-                if line.startswith('  wib-nbdev ')}
-    assert len(examples) >= 6
+    examples = {line.strip() for name in COMMANDS for line in run(name, '--help').stdout.splitlines() if line.startswith('  wib-nbdev ')}
+    assert len(examples) >= 2 * len(COMMANDS)
     for example in examples: assert run(*example.split()[1:], '--help').returncode == 0, example
 
 
-@pytest.mark.parametrize('words', [['--help'], ['train', '--help'], ['train', '--lr', '-1'], ['nonsense']], ids=' '.join)
+HELP = [['--help'], *([name, '--help'] for name in COMMANDS)]
+
+
+@pytest.mark.parametrize('words', [*HELP, ['train', '--lr', '-1'], ['sweep', '--out', 'x', '--vary', 'lr'], ['nonsense']], ids=' '.join)
 def test_help_and_errors_load_nothing_heavy(words):
     code = f'''
 import sys
@@ -51,7 +56,12 @@ assert not heavy, heavy
     (['train', '--acitvation', 'elu'], '--acitvation'),
     (['train', '--compensate-bias', '--activation', 'elu'], 'the control is a network of plain'),
     (['trian'], 'trian'),
-    ([], 'train, data, reproduce'),
+    (['sweep', '--out', 'x', '--vary', 'actvation=relu'], "did you mean 'activation'?"),
+    (['sweep', '--out', 'x', '--vary', 'lr'], 'must be NAME=VALUE,VALUE'),
+    (['sweep', '--out', 'x', '--vary', 'lr=0.1,-1'], 'lr=-1: must be a finite number above 0'),
+    (['diagnose', '--batch-size', '0'], 'batch_size=0: must be an integer of at least 1'),
+    (['diagnose', '--model', 'resnet'], "invalid choice 'resnet'"),
+    ([], 'reproduce, train, sweep'),
 ])
 def test_wrong_options_are_one_line_and_exit_code_2(words, message, tmp_path):
     end = run(*words, cwd=tmp_path)
@@ -98,12 +108,71 @@ def test_ctrl_c_is_130_and_keeps_what_was_finished():
     assert ' valid ' in out
 
 
+SWEEP = 'sweep --vary activation=relu,wib_relu seed=0,1 --sample --epochs 1 --batch-size 250 --jobs 1 --record --out'.split()
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory) -> Path:
+    store = tmp_path_factory.mktemp('swept') / 'store'
+    end = run(*SWEEP, store)
+    assert end.returncode == 0, end.stderr
+    assert len(end.stdout.splitlines()) == 5 and 'run/s' in end.stderr + 'run/s'
+    return store
+
+
+def test_a_sweep_goes_on_where_it_was(swept):
+    before = {path: path.stat().st_mtime_ns for path in swept.glob('*.parquet')}
+    again = json.loads(run(*SWEEP, swept, '--json').stdout)
+    assert len(again) == len(before) == 4 and {row['activation'] for row in again} == {'relu', 'wib_relu'}
+    assert {path: path.stat().st_mtime_ns for path in swept.glob('*.parquet')} == before
+
+
+def test_claims_of_a_store_and_of_the_committed_runs(swept):
+    verdicts = {row['id']: row['verdict'] for row in json.loads(run('claims', swept, '--json').stdout)}
+    assert verdicts['fig3a'] == 'holds' and verdicts['loss'] == 'cannot be tested'
+    page = run('claims').stdout
+    assert re.search(r'^fig3a +holds', page, re.M) and re.search(r'Of \d+ claims: ', page)
+
+
+def test_claims_of_nothing_is_one_line(tmp_path):
+    end = run('claims', tmp_path)
+    assert end.returncode == 1 and end.stderr.count('\n') == 1 and 'holds no runs' in end.stderr
+
+
+def test_report_is_written_whole(swept, tmp_path):
+    end = run('report', swept, '--out', tmp_path / 'page.html')
+    assert end.returncode == 0 and end.stdout.strip() == str(tmp_path / 'page.html')
+    assert (tmp_path / 'page.html').read_text().rstrip().endswith('</html>')
+    assert [path.name for path in tmp_path.iterdir()] == ['page.html']
+
+
+def test_report_that_cannot_be_written_is_one_line(swept, tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    end = run('report', swept, '--out', tmp_path / 'file' / 'page.html')
+    assert end.returncode == 1 and end.stderr.startswith('wib-nbdev: ') and 'Traceback' not in end.stderr
+
+
+@pytest.mark.parametrize('model', ['plain_cnn', 'resnet18'])
+def test_diagnose_centres_each_layer(model):
+    rows = json.loads(run('diagnose', '--model', model, '--batch-size', 32, '--json').stdout)
+    units = [row for row in rows if row['type'] in ('ReLU', 'WIBReLU')]
+    assert all(abs(row['mean']) < 1e-2 for row in units if row['when'] == 'after')
+    assert all(row['mean'] > 0.1 for row in units if row['when'] == 'before') and len(units) >= 8
+
+
+def test_completion_for_the_shell():
+    assert 'reproduce' in run('--tyro-print-completion', 'bash').stdout
+
+
 @pytest.mark.slow
 def test_reproduce_quick_runs_and_resumes(tmp_path):
     first = run('reproduce', cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert all(arm in first.stdout for arm in ('relu', 'wib_relu_centred', 'relu_compensated', 'fashion_mnist', 'cifar10'))
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'runs').rglob('*.parquet'))
+    page = tmp_path / 'runs' / 'quick' / 'report.html'
+    assert 'runs/quick/report.html' in first.stdout and page.read_text().rstrip().endswith('</html>')
+    assert re.search(r'^fig3a .* holds', first.stdout, re.M) and '0 are there already' in first.stderr
     second = run('reproduce', cwd=tmp_path)
-    assert second.stdout == first.stdout
+    assert second.stdout == first.stdout and '78 are there already' in second.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'runs').rglob('*.parquet')) == before

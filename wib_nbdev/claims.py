@@ -86,7 +86,7 @@ class MainRuns:
         if len(runs.runs) < 2: raise MissingRuns(f'{arm} on {dataset}: two runs or more')
         return runs
 
-# %% ../nbs/11_claims.ipynb #31ae8da5
+# %% ../nbs/11_claims.ipynb #ec5a2a43
 class Evidence(MainRuns):
     "What a judge may ask of the main runs. Each method raises `MissingRuns` if they do not hold it."
     def values(self, arm: str, dataset: str, metric: str, at: str = 'last') -> pd.Series:
@@ -104,10 +104,11 @@ class Evidence(MainRuns):
         if frame.empty: raise MissingRuns(f'{arm} on {dataset}, recorded layer by layer')
         frame = frame[frame['iteration'].between(first, last)]
         found = frame['iteration'].nunique()
-        if found < at_least: raise MissingRuns(f'{arm} on {dataset}, {at_least} recorded iterations from {first} to {last}: {found} found')
+        span = f'from {first} on' if last == math.inf else f'from {first} to {last:.0f}'
+        if found < at_least: raise MissingRuns(f'{arm} on {dataset}, {at_least} or more recorded iterations {span}: {found} found')
         return frame
 
-# %% ../nbs/11_claims.ipynb #8cec2588
+# %% ../nbs/11_claims.ipynb #2659b3a0
 def paired(
     results:Results, # one run an arm and seed
     evidence:MainRuns, # who is WIB-ReLU, and how many pairs are enough
@@ -118,11 +119,12 @@ def paired(
 ) -> pd.DataFrame:
     "`paired_differences`; `MissingRuns` if a rival has too few pairs."
     if not (len(results.runs) and (results.runs['arm'] == evidence.wib).any()): raise MissingRuns(f'{evidence.wib} on {dataset}')
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.* have no pair and are left out')  # too few pairs are an answer here, not a surprise
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
         frame = paired_differences(results, evidence.wib, rivals, metrics, at=at)
     few = frame[frame['n'] < evidence.min_pairs]
     if len(few): raise MissingRuns(f"{few['rival'].iloc[0]} on {dataset}: {few['n'].iloc[0]} pairs of seeds, {evidence.min_pairs} needed")
+    for each in said: warnings.warn(each.message, stacklevel=3)  # too few pairs are an answer, enough with some lost are a surprise
     return frame
 
 def paired_at_best_rates(
@@ -674,13 +676,13 @@ def judge_convergence(evidence:Evidence) -> Judgement:
     first = frame.iloc[0]
     return Judgement(first['ratio'], first['low'], first['high'], int(2 * frame['n'].sum()), grade(*(frame['high'] < 1)), why)
 
-# %% ../nbs/11_claims.ipynb #1f0d995b
+# %% ../nbs/11_claims.ipynb #5bdbf5ce
 def roughness(
     results:Results, # runs of five epochs or so and more
 ) -> pd.Series:
-    "By run: how far the validation loss of an epoch lies, on average, from the middle of its neighbours', in nats."
+    "By run: how far the validation loss of an epoch lies, on average, from the middle of its neighbours', in nats; NaN below 3 epochs."
     valid = results.epochs[results.epochs['split'] == 'valid'].sort_values('epoch')
-    return valid.groupby('key')['loss'].agg(lambda loss: np.abs(np.diff(loss, 2)).mean() / 2)
+    return valid.groupby('key')['loss'].agg(lambda loss: np.abs(np.diff(loss, 2)).mean() / 2 if len(loss) > 2 else math.nan)
 
 def judge_smooth(evidence:Evidence) -> Judgement:
     "Abstract: is training smoother with WIB-ReLU than with ReLU? The roughness of the validation loss, seed by seed."
@@ -692,7 +694,7 @@ def judge_smooth(evidence:Evidence) -> Judgement:
             sides.append(roughness(runs).rename(index=runs.runs.set_index('key')['seed']))
         ratios.append(np.log(sides[0] / sides[1]).dropna())
     if min(map(len, ratios)) < evidence.min_pairs:
-        raise MissingRuns(f'{evidence.wib} and relu: {evidence.min_pairs} pairs of seeds on each data set')
+        raise MissingRuns(f'{evidence.wib} and relu: {evidence.min_pairs} pairs of seeds of three epochs or more on each data set')
     both = [Interval(*np.exp(mean_interval(ratio))) for ratio in ratios]
     why = 'roughness of the validation loss, WIB-ReLU over ReLU: ' + ', '.join(
         f'{DATASET_LABELS[name]} {x.mean:.2f} ({x.low:.2f} to {x.high:.2f})' for name, x in zip(DATASETS, both, strict=True))

@@ -131,7 +131,7 @@ def learning_curves(
     runs = runs.loc[runs['arm'].isin(list(arms)) & (runs['status'] == 'finished'), ['key', 'arm', 'dataset', 'seed']]
     return runs.merge(results.epochs, on='key').drop(columns=['key', 'seconds'], errors='ignore')
 
-# %% ../nbs/10_comparison.ipynb #e5c52005
+# %% ../nbs/10_comparison.ipynb #705e6404
 def plot_curves(
     frame:pd.DataFrame, # of `learning_curves`, one data set
     ax:Axes | None=None, # axes to draw on; new ones if None
@@ -151,9 +151,9 @@ def plot_curves(
         ends[arm] = curve['mean'].iloc[-1]
         edges.append(curve['mean'].iloc[min(1, len(curve) - 1):])
     edge = np.concatenate([*edges, [] if reference is None else [reference]])
-    margin = 0.1 * np.ptp(edge)
+    margin = 0.1 * np.ptp(edge) or 0.05
     x = part['epoch'].max()
-    ax.set(xlim=(part['epoch'].min(), x), ylim=(edge.min() - margin, edge.max() + margin))
+    ax.set(xlim=(min(part['epoch'].min(), x - 1), x), ylim=(edge.min() - margin, edge.max() + margin))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if reference is not None: ax.axhline(reference, **THEORY)
     _label_ends(ax, x, ends)
