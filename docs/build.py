@@ -95,9 +95,11 @@ def main() -> int:
     front = (ROOT / 'README.md').read_text().replace('](nbs/', '](').replace('](docs/', '](')
     (SOURCE / 'index.md').write_text('\n\n'.join([front, *trees]))
     report()
-    shutil.rmtree(SITE, ignore_errors=True)
+    built = ROOT / '_proc' / 'html'  # myst-nb leaves a folder beside what it builds
+    for folder in (built, SITE): shutil.rmtree(folder, ignore_errors=True)
     settings = ['-c', str(ROOT / 'docs'), '-d', str(ROOT / '_proc' / 'doctrees')]
-    code = sphinx(['-W', '--keep-going', '-q', '-b', 'html', *settings, str(SOURCE), str(SITE)])
+    code = sphinx(['-W', '--keep-going', '-q', '-b', 'html', *settings, str(SOURCE), str(built)])
+    shutil.move(built, SITE)
     if code == 0: print(f'the site is in {SITE.relative_to(ROOT)}: open {SITE.relative_to(ROOT)}/index.html')
     return code
 
