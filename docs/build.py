@@ -11,6 +11,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import yaml
 from nbdev.serve import proc_nbs
 from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 from sphinx.cmd.build import main as sphinx
@@ -22,6 +23,12 @@ SOURCE, SITE, EXTRA = ROOT / '_proc' / 'site', ROOT / '_docs', ROOT / '_proc' / 
 def tidy(page: str) -> str:
     "A function's documentation without its rule, and a default that is a class as Python has it."
     return re.sub(r"<class '([\w.]+)'>", r'\1', re.sub(r'^---\s*$', '', page, flags=re.M)).strip()
+
+
+def titled(cell: dict) -> dict:
+    "The first cell, which nbdev has made into Quarto's front matter, as a title and a subtitle."
+    facts = yaml.safe_load(''.join(cell['source']).strip().strip('-'))
+    return dict(cell_type='markdown', id='title', metadata={}, source=f"# {facts['title']}\n\n> {facts.get('description', '')}")
 
 
 def mend(cell: dict) -> dict:
@@ -44,7 +51,8 @@ def pages() -> list[str]:
     notebooks = [path for path in sorted((ROOT / '_proc').glob('*.ipynb')) if path.stem != 'index']  # the front page is the README
     for path in notebooks:
         notebook = json.loads(path.read_text())
-        notebook['cells'] = [mend(cell) for cell in notebook['cells'] if ''.join(cell['source']).strip()]
+        first, *rest = [cell for cell in notebook['cells'] if ''.join(cell['source']).strip()]
+        notebook['cells'] = [titled(first), *map(mend, rest)]
         (SOURCE / path.name).write_text(json.dumps(notebook))
     for path in (ROOT / 'docs').glob('*.md'): shutil.copy(path, SOURCE)
     for path in (ROOT / 'docs').glob('*.png'): shutil.copy(path, SOURCE)

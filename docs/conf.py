@@ -11,7 +11,7 @@ author = facts['author']
 copyright = facts['copyright']
 version = release = facts['version']
 
-extensions = ['myst_nb']
+extensions = ['myst_nb', 'sphinx-mathjax-offline']
 nb_execution_mode = 'off'
 nb_merge_streams = True
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'smartquotes']
@@ -20,6 +20,9 @@ exclude_patterns = ['_build']
 suppress_warnings = ['myst.header']  # the documentation of a function starts at its own level of heading, wherever it stands
 html_theme = 'furo'
 html_title = project
+html_static_path = ['static']
+html_css_files = ['site.css']
 html_show_sourcelink = False
 html_copy_source = False
 html_extra_path = ['../_proc/extra']  # the report
+nb_ipywidgets_js = {}  # no page has live widgets, so none asks the network for their code

@@ -1,6 +1,7 @@
 """What the tests share: the option that runs slow tests, and the skips that say why."""
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -70,3 +71,15 @@ def installed(built, tmp_path_factory) -> Path:
     site = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
     (Path(site) / 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
     return python
+
+
+@pytest.fixture(scope='session')
+def browser():
+    "A real headless Chromium."
+    api = pytest.importorskip('playwright.sync_api', reason='needs playwright (pip install playwright; no browser of its own)')
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not chromium: pytest.skip('needs a Chromium on the PATH (Debian, Ubuntu: apt install chromium)')
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield browser
+        browser.close()

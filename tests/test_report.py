@@ -2,7 +2,6 @@
 import hashlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -204,17 +203,6 @@ def test_written_whole_into_a_new_folder(results, empty, tmp_path):
 
 
 # In a real browser
-
-@pytest.fixture(scope='module')
-def browser():
-    api = pytest.importorskip('playwright.sync_api', reason='needs playwright (pip install playwright; no browser of its own)')
-    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if not chromium: pytest.skip('needs a Chromium on the PATH (Debian, Ubuntu: apt install chromium)')
-    with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
 def visit(browser, tmp_path):

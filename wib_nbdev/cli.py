@@ -90,7 +90,7 @@ def _value(text: str) -> Any:
     try: return json.loads(text)
     except json.JSONDecodeError: return text
 
-# %% ../nbs/14_cli.ipynb #5f8de53b
+# %% ../nbs/14_cli.ipynb #bfbfd0c1
 @dataclass
 class Sweep:
     """Run every combination of some options, each once, into a store that goes on where it was stopped.
@@ -107,6 +107,7 @@ class Sweep:
     cluster: str | None = None # address of a Dask scheduler, tcp://..., in place of local processes
     record: bool = False # keep the statistics of the layers at every iteration
     json: bool = False # print the runs as JSON
+    progress: bool = True # show runs done, time left and the last result
 
     def __post_init__(self) -> None:
         axes = _axes(self.vary)
@@ -116,7 +117,7 @@ class Sweep:
 
     def run(self) -> int:
         from wib_nbdev.sweep import run_sweep
-        results = run_sweep(self._configs, self.out, self.jobs, self.cluster, record=self.record, root=self.root)
+        results = run_sweep(self._configs, self.out, self.jobs, self.cluster, record=self.record, root=self.root, progress=self.progress)
         last = results.epochs.sort_values('epoch').groupby(['key', 'split'])[['loss', 'accuracy']].last().unstack('split')
         last.columns = [f'{split}_{metric}' for metric, split in last.columns]
         table = results.runs[['key', *_axes(self.vary), 'status', 'seconds']].merge(last.reset_index(), on='key')
