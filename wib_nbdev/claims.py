@@ -201,7 +201,7 @@ def summary(
     note = f' {waiting} wait for runs that these results do not hold.' if waiting else ''
     return f'Of {len(verdicts)} claims: {counts}.{note}'
 
-# %% ../nbs/11_claims.ipynb #ff446c63
+# %% ../nbs/11_claims.ipynb #73da0ffb
 PROMISES = ('loss', 'accuracy')  # the abstract's two numbers, which decide the mark
 FIRST_PAGE = (*PROMISES, 'outperforms', 'convergence', 'fig10')
 
@@ -220,14 +220,16 @@ def first_page_table(
     "A Markdown table: the paper's words, the quantity, its value and 95 % interval, the runs it rests on, the verdict."
     rows = ['| the paper says | we measured | value | 95 % interval | runs | verdict |', '|---|---|---|---|---|---|']
     for row in verdicts.set_index('id').loc[list(ids)].itertuples():
-        percent = row.quantity.startswith(('change', 'share'))
-        value, low, high = (_short(x, percent, row.quantity.startswith('change')) for x in (row.value, row.low, row.high))
+        value, low, high = (_short(x, row.quantity) for x in (row.value, row.low, row.high))
         interval = f'{low} to {high}' if math.isfinite(row.low) else '–'
         rows.append(f'| "{row.quote}" | {row.quantity} | {value} | {interval} | {row.n_runs or "–"} | **{row.verdict}** |')
     return '\n'.join(rows)
 
-def _short(x: float, percent: bool, signed: bool) -> str:
-    return '–' if not math.isfinite(x) else f'{x:{"+" if signed else ""}.{"1%" if percent else "2f"}}'
+def _short(x: float, quantity: str) -> str:
+    "A value with the unit that its quantity has: points for a change of accuracy, percent for another change or a share."
+    if not math.isfinite(x): return '–'
+    if quantity.startswith('change of the validation accuracy'): return f'{100 * x:+.2f} points'
+    return f'{x:+.1%}' if quantity.startswith('change') else f'{x:.0%}' if quantity.startswith('share') else f'{x:.2f}'
 
 def in_one_sentence(
     differences:pd.DataFrame, # of `paired_differences`, WIB-ReLU against ReLU among the rivals
