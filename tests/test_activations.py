@@ -392,13 +392,20 @@ def test_compiled_functional_call_without_a_graph_break(unit):
         assert_close(compiled(state, x), call(state, x))
 
 
-def test_a_number_survives_its_file_to_the_last_digit():
-    buffer = io.BytesIO()
-    torch.save(WIBReLU(EQ7_SHIFT).state_dict(), buffer)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_number_survives_its_file(dtype):
+    buffer, saved = io.BytesIO(), small(WIBReLU(EQ7_SHIFT)).to(dtype)
+    torch.save(saved.state_dict(), buffer)
     buffer.seek(0)
-    unit = WIBReLU(0.0)
-    unit.load_state_dict(torch.load(buffer, weights_only=True))
-    assert unit.shift.item() == EQ7_SHIFT
+    state = torch.load(buffer, weights_only=True)
+    loaded = small(WIBReLU(0.0)).to(dtype)
+    loaded.load_state_dict(state)
+    assert state['0.weight'].dtype == dtype
+    kept = torch.float64 if dtype == torch.float64 else torch.float32  # the GPUs of Apple have no float64
+    assert state['1.shift'].dtype == kept
+    assert torch.equal(loaded(images().to(dtype)), saved(images().to(dtype)))
+    if dtype == torch.float64: assert loaded[1].shift.item() == EQ7_SHIFT
+    assert saved.float().state_dict()['1.shift'].dtype == torch.float32
 
 
 def test_a_file_with_a_number_in_float32_loads():

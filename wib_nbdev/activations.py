@@ -93,14 +93,15 @@ def figure_5(
     axes[0, 0].legend(frameon=False, ncols=3)
     return figure
 
-# %% ../nbs/04_activations.ipynb #5d21d29f
-def _as_tensor(number: float) -> Tensor: return torch.tensor(number, dtype=torch.float64, device='cpu')
+# %% ../nbs/04_activations.ipynb #6442f3a0
+def _as_tensor(number: float, dtype: torch.dtype=torch.float64) -> Tensor: return torch.tensor(number, dtype=dtype, device='cpu')
 
-# %% ../nbs/04_activations.ipynb #f45a43e8
+# %% ../nbs/04_activations.ipynb #1098074b
 class _Shift(nn.Module):
     "A constant that `forward` reads as `_shift` and everyone else as the tensor `shift`."
     _shift: float | Tensor
     _single: tuple[float, Tensor] # the last single number, in both forms
+    _saved_as = torch.float32 # a single number's dtype in `state_dict`
     @property
     def shift(self) -> Tensor:
         "0-dim float64 for one number, else (channels,). To change it, assign: a number is checked, a tensor used as it is given."
@@ -125,7 +126,11 @@ class _Shift(nn.Module):
             if per_channel: self.register_buffer('_shift', None, persistent=False) # so that it moves with the module
         self._shift = shift
 
-# %% ../nbs/04_activations.ipynb #7aeecb03
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool=True) -> Any:
+        self._saved_as = torch.promote_types(fn(torch.zeros((), dtype=self._saved_as)).dtype, torch.float32)
+        return super()._apply(fn, recurse)
+
+# %% ../nbs/04_activations.ipynb #d3d3e49c
 class WIBReLU(_Shift):
     "Reading A of Eq. 8: a constant shift, found beforehand, kept in `state_dict`. `ValueError` for a shift that is not finite."
     def __init__(
@@ -157,7 +162,7 @@ class WIBReLU(_Shift):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f'{prefix}shift'] = self._shift.detach() if isinstance(self._shift, Tensor) else _as_tensor(self._shift)
+        destination[f'{prefix}shift'] = self._shift.detach() if isinstance(self._shift, Tensor) else _as_tensor(self._shift, self._saved_as)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
