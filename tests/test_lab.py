@@ -1,0 +1,78 @@
+"""`make lab`, as one uses it: JupyterLab opens on the first notebook in a real browser, which restarts the kernel and runs every cell."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = '''
+c.ServerApp.open_browser = False
+c.ServerApp.port = 0
+c.ServerApp.allow_root = True
+c.IdentityProvider.token = ''
+c.LabServerApp.news_url = None
+'''
+
+
+def wait(condition, seconds: float):
+    "The first true value of the condition."
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, f'nothing after {seconds} s'
+        time.sleep(0.3)
+    return value
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "The address of the JupyterLab that `make lab` started in a copy of the project, and the copy."
+    plan = subprocess.run(['make', '-n', 'lab'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    if Path(sys.prefix) != ROOT / '.venv' or 'install' in plan: pytest.skip("needs make's .venv, up to date")
+    copy = tmp_path_factory.mktemp('lab')
+    shutil.copytree(ROOT / 'nbs', copy / 'nbs')
+    for name in ('Makefile', 'settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(ROOT / name, copy)
+    (copy / '.venv').symlink_to(ROOT / '.venv')
+    (copy / 'config').mkdir()
+    (copy / 'config' / 'jupyter_server_config.py').write_text(CONFIG)
+    places = {f'JUPYTER_{kind}_DIR': str(copy / kind.lower()) for kind in ('CONFIG', 'RUNTIME', 'DATA')}
+    places |= {'JUPYTERLAB_SETTINGS_DIR': str(copy / 'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(copy / 'workspaces')}
+    ours = {name: value for name, value in os.environ.items() if name != 'MPLBACKEND'}  # which tests set
+    with open(copy / 'log', 'w') as log:
+        server = subprocess.Popen(['make', 'lab'], cwd=copy, env=ours | places, stdout=log, stderr=log, start_new_session=True)
+    try:
+        found = wait(lambda: list(copy.glob('runtime/jpserver-*.json')) or server.poll() is not None, 60)
+        assert server.poll() is None and found, (copy / 'log').read_text()
+        url = wait(lambda: json.loads(found[0].read_text() or '{}').get('url'), 10)
+        yield url, copy
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+def test_the_first_notebook_runs_from_top_to_bottom(lab, browser):
+    url, copy = lab
+    page = browser.new_page(viewport={'width': 1280, 'height': 900})
+    page.goto(next(copy.glob('runtime/*file-to-run*')).as_uri())  # what JupyterLab opens in one's own browser
+    page.locator('.jp-MarkdownOutput h1').first.wait_for(timeout=60_000)
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Restart Kernel and Run All Cells').click()
+    page.locator('.jp-Dialog button.jp-mod-accept').click()
+    def ask(what): return json.load(urlopen(f'{url}api/{what}'))
+    def cells():
+        page.keyboard.press('Control+s')
+        page.wait_for_timeout(1000)
+        return [cell for cell in ask('contents/index.ipynb')['content']['cells'] if cell['cell_type'] == 'code']
+    wait(lambda: all(cell['execution_count'] for cell in cells()) and ask('kernels')[0]['execution_state'] == 'idle', 240)
+    ran = cells()
+    assert [cell['execution_count'] for cell in ran] == list(range(1, len(ran) + 1))
+    assert [output for cell in ran for output in cell['outputs'] if output['output_type'] == 'error'] == []
+    assert any('image/png' in output.get('data', {}) for cell in ran for output in cell['outputs'])
+    if shots := os.environ.get('WIB_SHOTS'): page.screenshot(path=f'{shots}/lab.png')
+    page.close()
