@@ -66,7 +66,8 @@ def paper_layers(config, arm, layer, iteration) -> dict:
 def null_layers(config, arm, layer, iteration) -> dict:
     "Nothing as the paper tells it: no default network near the numbers, no collapse but in WIB-ReLU's, which is not centred either."
     swing = 3 * (iteration == 5) if arm == 'wib_relu' else 0.1 * (iteration == 5)
-    return dict(mean=(2 if arm == 'wib_relu' else 5) + swing, std=(1 if arm == 'wib_relu' else 6) + swing, inactive=0.5, near=0.3)
+    wib = arm == 'wib_relu'
+    return dict(mean=(2 if wib else 5) + swing, std=(1 if wib else 6) + swing, inactive=0.5, near=0.6 if wib else 0.3)
 
 
 def world(epoch_value, layer_value) -> Results:
@@ -265,3 +266,19 @@ def test_every_claim_stands_in_the_picture(in_paper_world):
 def test_main_is_the_papers_set_up():
     config = arm_grid(('wib_relu',), seed=0, dataset='cifar10')[0]
     assert {name: getattr(config, name) for name in MAIN} == MAIN
+
+
+def test_the_epoch_can_be_the_best(paper_world):
+    "Losses that rise in the last epoch, for WIB-ReLU alone: it loses there, and not at the best epochs."
+    wib = set(paper_world.runs.loc[paper_world.runs['arm'] == 'wib_relu', 'key'])
+    last = (paper_world.epochs['epoch'] == paper_world.epochs['epoch'].max()) & paper_world.epochs['key'].isin(wib)
+    spoilt = paper_world._replace(epochs=paper_world.epochs.assign(loss=paper_world.epochs['loss'].where(~last, 9.0)))
+    verdict = {at: c.judge(spoilt, at=at, claims=some(['loss'])).loc[0, 'verdict'] for at in ('last', 'best')}
+    assert verdict == {'last': 'does not hold', 'best': 'holds'}
+    with pytest.raises(ValueError, match="at='first'"): c.judge(spoilt, at='first')
+
+
+def test_the_mark():
+    found = lambda *verdicts: c.mark(pd.DataFrame({'id': c.PROMISES, 'verdict': verdicts}))
+    assert found('holds', 'holds') == '[Re]' and found('holds', 'holds in part') == '[Re, in part]'
+    assert found('holds in part', 'does not hold') == '[¬Re]' and found('holds', 'cannot be tested') == '[Re, unfinished]'

@@ -88,7 +88,7 @@ def test_missing_data_is_one_line_that_says_what_to_do(tmp_path):
 
 
 def test_data_tells_whole_from_damaged_and_missing(tmp_path):
-    assert run('data', '--root', tmp_path).returncode == 0
+    assert run('data', '--root', tmp_path).returncode == 1
     folder = tmp_path / 'FashionMNIST' / 'raw'
     folder.mkdir(parents=True)
     (folder / 'train-labels-idx1-ubyte').write_bytes(b'\0' * 60_008)
@@ -176,3 +176,22 @@ def test_reproduce_quick_runs_and_resumes(tmp_path):
     second = run('reproduce', cwd=tmp_path)
     assert second.stdout == first.stdout and '78 are there already' in second.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / 'runs').rglob('*.parquet')) == before
+
+
+def test_a_wrong_word_is_answered_where_it_was_said():
+    for words, said in ((['trian'], "did you mean 'train'"), (['sweep', '--out', 'x', '--vary', 'lr=1', 'lr=2'], 'lr stands twice'),
+                        (['reproduce', '--jobs', 0], 'jobs=0'), (['diagnose', '--seed', 10**20], 'seed=')):
+        end = run(*words)
+        assert end.returncode == 2 and said in end.stderr and end.stderr.count('\n') == 1, end.stderr
+    assert 'see wib-nbdev reproduce --help' in run('reproduce', '--jobs', 0).stderr
+    assert run('--version').stdout.startswith('wib-nbdev ')
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    end = subprocess.run(f'{COMMAND} claims --json | head -c 20', shell=True, capture_output=True, text=True)
+    assert end.returncode == 0 and len(end.stdout) == 20 and end.stderr == ''
+
+
+def test_the_paper_preset_without_data_fails_once(tmp_path):
+    end = run('reproduce', '--preset', 'paper', '--root', tmp_path, '--out', tmp_path / 'runs')
+    assert end.returncode == 1 and 'Traceback' not in end.stderr and not list((tmp_path / 'runs').glob('**/*.error.txt'))

@@ -1,12 +1,17 @@
 """Surgery on networks that are not ours: what is swapped, one calibrating pass, exact folding, and a model left whole after an error."""
 import copy
 import io
+import math
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
 import textwrap
+import warnings
+from collections import UserDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +32,7 @@ from wib_nbdev.surgery import (
     fold_shift,
     measure_signal,
     plot_diagnosis,
+    plot_signal,
     predict_signal,
     swap_activations,
     write_tensorboard,
@@ -103,6 +109,116 @@ def test_a_rewired_model_can_be_duplicated(duplicate):
         assert not torch.equal(twin(x), model(x))
 
 
+class Calls(nn.Sequential):
+    def forward(self, x): return F.relu(super().forward(x))
+
+
+class OverChildren(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+    def forward(self, x):
+        for child in self.children(): x = F.relu(child(x))
+        return x
+
+
+@pytest.mark.parametrize('model', [Calls(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), OverChildren()], ids=['Sequential', 'children'])
+def test_a_forward_over_its_children_does_not_run_those_of_the_swap(model):
+    first, second = (module for module in model.modules() if isinstance(module, nn.Linear))
+    x, shift = images(5, 4), WIBReLU().shift.item()
+    expected = F.relu(second(F.relu(first(x)) - shift)) - shift
+    swap_activations(model)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))): torch.testing.assert_close(twin(x), expected)
+    swap_activations(model, WIBReLU, nn.ReLU)
+    swap_activations(model)
+    for twin in (model, copy.deepcopy(copy.deepcopy(model))): torch.testing.assert_close(twin(x), expected)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dense = nn.Conv2d(1, 3, 3), nn.Linear(3, 2)
+    def forward(self, image): return self.dense(F.relu(self.conv(image)).mean((2, 3)))
+
+
+def test_a_root_that_calls_functions_is_folded_and_exported():
+    model, x = Functional(), images(4, 1, 8, 8)
+    names = torch.export.export(model, (x,)).graph_signature.user_inputs
+    swap_activations(model)
+    calibrate(model, x)
+    assert fold_shift(model.eval(), x)['folded'].all()
+    program = torch.export.export(model, (x,))
+    assert program.graph_signature.user_inputs == names == ('image',)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_forward_replaced_on_the_instance_is_named():
+    model = nn.Sequential(Functional(), nn.ReLU())
+    old = model[0].forward
+    model[0].forward = lambda *args: old(*args)
+    report = swap_activations(model).set_index('name')
+    assert report.loc['1', 'swapped'] and not report.loc['0', 'swapped']
+    assert 'was replaced on the instance (by accelerate, for one): swap before that' in report.loc['0', 'note']
+    inside = Joined(nn.ReLU(), torch.add)
+    inside.forward = lambda x: F.relu(inside.block(x))
+    assert swap_activations(inside)['swapped'].tolist() == [True, False]
+    swapped = nn.Sequential(Functional())
+    swap_activations(swapped)
+    swapped[0].forward = swapped[0].forward  # afterwards: as accelerate does
+    assert any(isinstance(module, WIBReLU) for module in copy.deepcopy(swapped).modules())
+
+
+class InPlaceFirst(nn.Module):
+    "Overwrites what it was given."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
+    def forward(self, x): return self.conv(self.act(x))
+
+
+class Joined(nn.Module):
+    def __init__(self, block, join):
+        super().__init__()
+        self.conv, self.block, self.join = nn.Conv2d(3, 3, 1), block, join
+    def forward(self, x):
+        x = self.conv(x)
+        return self.join(self.block(x), x)
+
+
+class ThroughAView(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        F.relu(y.view(-1), inplace=True)
+        return y
+
+
+class InPlaceUntraced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+    def forward(self, x, scale=1):
+        y = scale * x
+        return self.act(y) + y
+
+
+def in_place_block(old):
+    return nn.Sequential(nn.Identity(), old(inplace=True), nn.Conv2d(3, 3, 3, padding=1), old(inplace=True))
+
+
+@pytest.mark.parametrize('make, old', [
+    (lambda: Joined(in_place_block(nn.ReLU), lambda y, x: y.add_(x)), nn.ReLU),
+    (lambda: Joined(in_place_block(nn.LeakyReLU), lambda y, x: torch.cat([x, y], 1)), nn.LeakyReLU),
+    (lambda: Joined(InPlaceFirst(), torch.add), nn.ReLU), (ThroughAView, nn.ReLU), (InPlaceUntraced, nn.ReLU)],
+    ids=['VQ-VAE', 'U-Net', 'pre-activation', 'view', 'untraced'])
+def test_what_in_place_calls_did_out_of_sight_is_noted(make, old):
+    model, x = make().eval(), images(2, 3, 6, 6)
+    expected = model(x.clone())
+    note = swap_activations(model, old, partial(old, inplace=False))['note']
+    assert not torch.equal(model(x.clone()), expected)
+    held = 'was in place on a tensor that others may hold: who reads it later no longer sees the activation'
+    assert note[0].endswith(held) and not any(held in other for other in note[1:])
+
+
 def test_calls_in_every_spelling():
     class Spelled(nn.Module):
         def forward(self, x):
@@ -172,6 +288,64 @@ def test_what_does_not_trace_is_named():
     assert sorted(re.sub(r'.*\.', '', call) for call in left['old']) == ['relu', 'relu']
     assert left['note'].str.contains('Untraceable.forward does not trace').all()
     assert calibrate(model, x)['calls'].tolist() in ([1], [2])
+
+
+class Kept(nn.Module):
+    "A forward of some kind, to be filled in."
+    def __init__(self, run):
+        super().__init__()
+        self.linear, self.seen, self.nested = nn.Linear(4, 4), [], {'a': [{}]}
+        self.run = run
+    def forward(self, x): return self.run(self, F.relu(x))
+
+
+def within(context):
+    def run(self, x):
+        with context(): y = self.linear(x)
+        return x * y
+    return run
+
+
+def kept_in(place):
+    def run(self, x):
+        place(self)(x)
+        return x
+    return run
+
+
+def switched_off(self, x):
+    torch.set_grad_enabled(False)
+    return self.linear(x)
+
+
+def skipping(draw):
+    return lambda self, x: x if self.training and draw() < 0.5 else self.linear(x)
+
+
+def drawn_from():
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+UNTRACED = dict(
+    no_grad=(within(torch.no_grad), 'it changes the gradient mode'), enable_grad=(within(torch.enable_grad), 'gradient mode'),
+    decorated=(torch.no_grad()(lambda self, x: self.linear(x)), 'gradient mode'), switch=(switched_off, 'gradient mode'),
+    inference=(within(torch.inference_mode), 'gradient mode'),
+    autocast=(within(lambda: torch.autocast('cpu', enabled=False)), 'it changes the autocast mode'),
+    python=(skipping(random.random), 'it draws random numbers'), numpy=(skipping(np.random.rand), 'random numbers'),
+    torch=(skipping(lambda: torch.rand(1).item()), 'random numbers'),
+    list=(kept_in(lambda self: self.seen.append), r'it keeps state \(seen\)'),
+    nested=(kept_in(lambda self: lambda x: self.nested['a'][0].update(x=x)), r'it keeps state \(nested\)'))
+
+
+@pytest.mark.parametrize('run, message', UNTRACED.values(), ids=UNTRACED)
+def test_what_a_graph_would_lose_is_left_alone_and_named(run, message):
+    model = nn.Sequential(Kept(run))
+    before, states = snapshot(model), drawn_from()
+    with pytest.raises(ValueError, match=f'no ReLU could be swapped; 0: Kept.forward does not trace: .*{message}'): swap_activations(model)
+    assert_same(model, before)
+    assert states == drawn_from()
+    assert model[0].seen == [] and model[0].nested == {'a': [{}]} and torch.is_grad_enabled()
+    with torch.no_grad(), torch.autocast('cpu', enabled=False): assert not torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize('kind', ['optional', 'keeps', 'constant', 'random', 'mode'])
@@ -273,6 +447,69 @@ def test_hooks_and_subclasses_are_named():
     report = swap_activations(model)
     assert report['swapped'].tolist() == [True, False, False]
     assert 'subclass of ReLU' in report['note'][1] and 'carries hooks' in report['note'][2]
+    for register in (nn.Module.register_full_backward_hook, nn.Module.register_full_backward_pre_hook):
+        model = nn.Sequential(nn.ReLU(), nn.ReLU())
+        register(model[0], lambda *_: None)
+        assert swap_activations(model)['swapped'].tolist() == [False, True]
+
+
+def test_parameters_that_no_optimiser_knows_are_noted():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    note, = swap_activations(model, new='prelu')['note']
+    assert note == 'is no longer in place; has parameters of its own: give them to the optimiser'
+
+
+def test_a_call_of_prelu_leaves_a_weight():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.full((1,), 0.25))
+        def forward(self, x): return F.prelu(x, self.slope)
+    model, x = Own(), images(3, 4)
+    note, = swap_activations(model, nn.PReLU)['note']
+    assert note == 'was a function, whose weight is no longer used' and torch.equal(uncentred(model)(x), F.relu(x))
+
+
+@pytest.mark.parametrize('old, call', [
+    (nn.Sigmoid, torch.sigmoid), (nn.Sigmoid, F.sigmoid), (nn.Sigmoid, lambda x: x.sigmoid()), (nn.Softplus, F.softplus),
+    (nn.Hardtanh, F.hardtanh), (nn.Hardsigmoid, F.hardsigmoid), (nn.CELU, F.celu), (nn.LogSigmoid, F.logsigmoid),
+    (nn.Softsign, F.softsign)])
+def test_other_activations_in_both_forms(old, call):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = old()
+        def forward(self, x): return self.act(x) * call(x)
+    model, x = Both(), images(3, 4)
+    assert swap_activations(model, old, nn.Identity)['swapped'].tolist() == [True, True]
+    assert torch.equal(model(x), x * x)
+
+
+@pytest.mark.parametrize('function', [
+    swap_activations, lambda model: calibrate(model, images(2, 4)), lambda model: diagnose(model, images(2, 4)), fold_shift],
+    ids=['swap_activations', 'calibrate', 'diagnose', 'fold_shift'])
+def test_what_is_no_model(function):
+    for wrong in (nn.Linear, images(2, 4), None):
+        with pytest.raises(TypeError, match=r'must be an nn.Module instance; \w+\(model'): function(wrong)
+    with pytest.raises(TypeError, match='model=Linear:'): function(nn.Linear)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(ValueError, match='model: is scripted: give the Python module'): function(scripted)
+    for lazy, name in ((nn.LazyLinear(3), '0'), (nn.LazyBatchNorm1d(affine=False), '0')):
+        model = nn.Sequential(lazy, nn.ReLU(), WIBReLU())
+        with pytest.raises(ValueError, match=f'model: {name} is lazy and has no parameters yet: run the model once'): function(model)
+        assert model[0].has_uninitialized_params()
+
+
+class Calling(nn.Module):
+    def forward(self, x, scale=1): return F.relu(x)
+
+
+def test_a_model_that_is_the_activation_itself():
+    with pytest.raises(ValueError, match=r'model: is itself the ReLU: put it in an nn\.Sequential'): swap_activations(nn.ReLU())
+    with pytest.raises(ValueError, match=r'swapped; \(the model itself\): Calling\.forward does not trace'): swap_activations(Calling())
+    with pytest.raises(ValueError, match=r'batch: \(the model itself\) sees values'): calibrate(WIBReLU(), torch.full((2, 2), math.inf))
 
 
 def test_graph_modules():
@@ -409,6 +646,41 @@ def test_gain_does_not_touch_what_others_use():
     assert torch.equal(model.a.weight, weight) and (report['scale'] == 1).all() and (report['layer'] == '').all()
 
 
+def test_what_gain_does_not_scale_and_why():
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.plain, self.tied = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.tied.weight, self.norm = nn.Linear(6, 6).weight, nn.LayerNorm(6, elementwise_affine=False)
+            self.other = nn.Linear(6, 6)
+            self.other.weight = self.tied.weight
+            self.acts = nn.ModuleList(WIBReLU() for _ in range(7))
+        def forward(self, x):
+            z = self.plain(self.acts[0](self.frozen(x)))
+            y = self.acts[3](self.tied(self.acts[1](z) + self.acts[2](z)))
+            return self.acts[5](self.acts[4](self.norm(y)) + x)
+    torch.manual_seed(0)
+    model, x = Many(), images(50, 6)
+    weights = [p.clone() for p in (*model.frozen.parameters(), *model.tied.parameters())]
+    report = calibrate(model, x, gain=True)
+    assert report['note'].tolist() == [
+        'not scaled: frozen is frozen', '', 'not scaled: plain was scaled for another unit',
+        'not scaled: tied shares its parameters, or has them computed', 'not scaled: norm has no parameters',
+        'not scaled: its input comes from no layer of its own', 'was not called']
+    assert report['layer'].tolist() == ['', 'plain', '', '', '', '', '']
+    assert all(map(torch.equal, weights, (*model.frozen.parameters(), *model.tied.parameters())))
+    assert calibrate(model, x)['note'].tolist() == [''] * 6 + ['was not called']
+
+
+def test_a_mask_may_hold_infinities():
+    torch.manual_seed(0)
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), images(3, 5, 8)
+    swap_activations(model)
+    batch = dict(src=x, src_mask=nn.Transformer.generate_square_subsequent_mask(5))
+    assert calibrate(model, batch)['shift'].tolist() == calibrate(model, UserDict(batch))['shift'].tolist()
+    assert diagnose(model, batch).query('type == "WIBReLU"')['mean'].abs().max() < 1e-6
+
+
 @pytest.mark.bench('lsuv')
 def test_gain_beside_lsuv():
     import lsuv
@@ -443,13 +715,13 @@ def wib_mlp():
 
 
 @pytest.mark.parametrize('batch, message', [
-    (torch.full((4, 4), float('nan')), 'must be finite, but has NaN'),
-    (torch.tensor([[1.0, 2.0, float('inf'), 0.0]] * 4), 'must be finite'),
+    (torch.full((4, 4), float('nan')), 'must be numbers, but has NaN'),
+    (torch.tensor([[1.0, 2.0, float('inf'), 0.0]] * 4), '2 sees values that are not finite'),
     (torch.zeros(4, 5), r'batch of shape \(4, 5\): the model does not take it'),
     (torch.zeros(0, 4), 'must not be empty'),
     (torch.zeros(4, 4, device='meta'), 'is on meta, the model on cpu'),
     (torch.zeros(4, 4, dtype=torch.float64), 'the model does not take it'),
-    ((torch.zeros(4, 4), torch.zeros(4)), 'the model does not take it'),
+    ([torch.zeros(4, 4), torch.zeros(4)], r'does not take it: .*; if the batch holds labels, .*; a list .* goes in a tuple, \(list,\)$'),
     ('images', 'must be a tensor'),
     (torch.zeros(4, 4), 'puts out a constant'),
 ])
@@ -457,7 +729,8 @@ def wib_mlp():
 def test_a_wrong_batch_is_a_clear_error_and_leaves_the_model(function, batch, message):
     model = wib_mlp()
     before, state = snapshot(model), torch.get_rng_state()
-    if message == 'puts out a constant':
+    if message.endswith('not finite') and function is diagnose: assert not np.isfinite(diagnose(model, batch)['mean']).any()
+    elif message == 'puts out a constant':
         if function is diagnose: return
         nn.init.constant_(model[1].bias, -1.0)
         before = snapshot(model)
@@ -524,6 +797,29 @@ def test_a_preact_that_is_read_elsewhere_is_refused():
     assert not report.loc['act1', 'folded'] and "read elsewhere too, by" in report.loc['act1', 'note']
     assert report.loc['act2', 'layer'] == 'b'  # the sum's other term
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_shift_of_four_channels_does_not_go_into_one():
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act1, self.one, self.act2 = nn.Conv2d(4, 4, 1), WIBReLU(), nn.Conv2d(4, 1, 1), WIBReLU(torch.full((4,), 0.5))
+        def forward(self, x):
+            x = self.act1(self.first(x))
+            return self.act2(self.one(x) + x)
+    model, x = Spread().eval(), images(2, 4, 6, 6)
+    expected = model(x)
+    report = fold_shift(model, x).set_index('name')
+    assert report.loc['act1', 'folded'] and report.loc['act2', 'note'] == 'one has 1 channel, the shift 4'
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_error_halfway_takes_the_folding_back():
+    model = nn.Sequential(nn.Linear(4, 4), WIBReLU(), nn.Linear(4, 4), WIBReLU())
+    model[2].bias = nn.Parameter(torch.zeros(1).expand(4))  # one number in four places, which cannot be changed in place
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match='single memory location'): fold_shift(model, images(6, 4))
+    assert_same(model, before)
 
 
 @pytest.mark.parametrize('case', ['shared', 'twice', 'itself', 'input', 'affine', 'tied'])
@@ -717,7 +1013,7 @@ def test_ddp_after_calibrating_in_one_process(tmp_path):
 
         model = network(rank)
         if rank == 0: calibrate(model, x)
-        state = [model.state_dict()]
+        state = [{name: value.cpu() for name, value in model.state_dict().items()}]
         dist.broadcast_object_list(state, src=0)
         model.load_state_dict(state[0])
         wrapped = DistributedDataParallel(model)
@@ -764,8 +1060,12 @@ def test_predictions_meet_wide_networks():
 def test_plots_take_axes_and_return_them():
     frame = diagnose(plain_cnn(1), images(4, 1, 28, 28))
     ax = plot_diagnosis({'relu': frame, 'mine': frame}, 'second_moment')
-    assert plot_diagnosis({'relu': frame}, 'near_zero', ax) is ax and ax.get_ylabel() == 'near zero (share)'
+    assert [len(line.get_xdata()) for line in ax.lines] == [4, 4] and frame['type'].iloc[-1] == 'Linear'  # activations only
+    assert plot_diagnosis({'relu': frame}, 'near_zero', ax) is ax and ax.get_ylabel() == 'near zero (share)' and ax.get_ylim() == (0, 1)
     with pytest.raises(ValueError, match="did you mean 'mean'"): plot_diagnosis({'relu': frame}, 'means')
+    signal = predict_signal(torch.relu, math.sqrt(2), 2, [0.5])
+    assert [plot_signal({'relu': signal}, {'relu': signal}, stat).get_yscale() for stat in ('mean', 'std', 'gradient')] == [
+        'linear', 'log', 'log']
 
 
 def test_diagnosis_follows_the_order_of_calls():
@@ -779,6 +1079,15 @@ def test_diagnosis_follows_the_order_of_calls():
     assert frame['layer'].tolist() == ['first', 'last'] and frame['type'].tolist() == ['Tanh', 'ReLU']
     assert frame['inactive'].tolist()[1] == 0 and frame['mean'][1] > 2
     np.testing.assert_allclose(frame['second_moment'], frame['mean']**2 + frame['std']**2)
+
+
+def test_a_diagnosis_that_sees_no_activation_says_so():
+    model, x = Functional(), images(4, 1, 8, 8)
+    with pytest.warns(UserWarning, match='no activation module; calls of F.relu show once they are swapped'): diagnose(model, x)
+    swap_activations(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert 'relu_1' in diagnose(model, x)['layer'].tolist()
 
 
 @pytest.mark.bench('tensorboard')

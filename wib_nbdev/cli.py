@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'DESCRIPTION', 'Train', 'Data', 'Sweep', 'Reproduce', 'Claims', 'Report', 'Diagnose', 'main']
 
-# %% ../nbs/14_cli.ipynb #0169a1b4
+# %% ../nbs/14_cli.ipynb #65f7d4a3
 import functools
 import inspect
 import io
 import itertools
 import json
 import operator
+import os
 import re
 import sys
 import textwrap
@@ -19,8 +20,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -52,10 +54,10 @@ class Train:
             if result.status == 'diverged': print('diverged: the loss is no longer a finite number; try a smaller --lr', file=sys.stderr)
         return {'finished': 0, 'diverged': 1, 'interrupted': 130}[result.status]
 
-# %% ../nbs/14_cli.ipynb #9eb5ff07
+# %% ../nbs/14_cli.ipynb #2015fe25
 @dataclass
 class Data:
-    """Say which of the data sets' files are there, and whether each is whole.
+    """Say which of the data sets' files are there, and whether each is whole. Exit code 1 unless both data sets are there and whole.
 
     Examples:
       wib-nbdev data --root data
@@ -71,9 +73,10 @@ class Data:
             for name in DATASETS: load(name, self.root)
         table = inspect(self.root)
         print(table.to_json(orient='records', indent=2) if self.json else table.to_string(index=False))
-        return int((table['status'] == 'damaged').any())
+        whole = table.groupby(['dataset', 'layout'])['status'].agg(lambda status: (status == 'whole').all()).groupby('dataset').any()
+        return int((table['status'] == 'damaged').any() or not whole.all())
 
-# %% ../nbs/14_cli.ipynb #182733fe
+# %% ../nbs/14_cli.ipynb #cc4b6488
 def _axes(
     vary:Sequence[str], # words such as 'lr=0.001,0.01'
 ) -> dict[str, list[Any]]:
@@ -82,15 +85,19 @@ def _axes(
     for word in vary:
         name, equals, values = word.partition('=')
         if not (name and equals and values): raise ValueError(f'vary={word!r}: must be NAME=VALUE,VALUE, such as lr=0.001,0.01')
+        if name in axes: raise ValueError(f'vary={word!r}: {name} stands twice; write {name}=VALUE,VALUE')
         axes[name] = [_value(value) for value in values.split(',')]
     return axes
 
 def _value(text: str) -> Any:
-    "A number, true, false or null as JSON has them, else the text."
-    try: return json.loads(text)
+    "A number, true, false or null as JSON has them (or Python), else the text."
+    try: return json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text))
     except json.JSONDecodeError: return text
 
-# %% ../nbs/14_cli.ipynb #bfbfd0c1
+# %% ../nbs/14_cli.ipynb #7260b97e
+def _check_jobs(jobs: int) -> None:
+    if jobs != -1: check_number(jobs, 'jobs', low=1, integer=True)
+
 @dataclass
 class Sweep:
     """Run every combination of some options, each once, into a store that goes on where it was stopped.
@@ -110,7 +117,9 @@ class Sweep:
     progress: bool = True # show runs done, time left and the last result
 
     def __post_init__(self) -> None:
+        _check_jobs(self.jobs)
         axes = _axes(self.vary)
+        if not axes: raise ValueError('vary: must name an option and its values, such as lr=0.001,0.01')
         for name in axes: one_of(name, [each.name for each in fields(TrainConfig)], 'vary')
         combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         self._configs = [replace(self.config, **changed) for changed in combinations]
@@ -124,9 +133,7 @@ class Sweep:
         print(table.to_json(orient='records', indent=2) if self.json else table.to_string(index=False, float_format='{:.4g}'.format))
         return int(len(results.runs) < len({config.key for config in self._configs}))
 
-# %% ../nbs/14_cli.ipynb #6ae0ec48
-def _there(path: Path, configs: Sequence[TrainConfig]) -> int: return sum((path / f'{config.key}.parquet').exists() for config in configs)
-
+# %% ../nbs/14_cli.ipynb #15ef265a
 def _print_verdicts(verdicts: Any, committed: Any) -> None:
     "Claim, the paper's words, the verdict of these runs and of the committed ones, and in one paragraph how many hold."
     from .claims import summary
@@ -152,19 +159,24 @@ class Reproduce:
     jobs: int = -1 # worker processes; -1 for one a core
     cluster: str | None = None # address of a Dask scheduler, tcp://..., in place of local processes
 
+    def __post_init__(self) -> None: _check_jobs(self.jobs)
+
     def run(self) -> int:
         from wib_nbdev.claims import committed_verdicts, judge
-        from wib_nbdev.comparison import MAIN, best_rate_plan
+        from wib_nbdev.comparison import MAIN, run_full_plan
+        from wib_nbdev.data import load
         from wib_nbdev.report import write_report
         from wib_nbdev.sweep import arm_table, committed_results, estimate_seconds, full_plan, quick_plan, run_sweep, watch
         quick, store = self.preset == 'quick', self.out / self.preset
         configs = quick_plan() if quick else full_plan()
-        go = functools.partial(run_sweep, out=store, n_jobs=self.jobs, cluster=self.cluster, record=watch, root=self.root)
-        there = _there(store, configs)
-        print(f'{len(configs)} runs, kept in {store}; {there} are there already', file=sys.stderr)
-        if not (quick or self.cluster): print(_in_hours(estimate_seconds(configs, self.jobs) * (1 - there / len(configs))), file=sys.stderr)
-        results = go(configs)
-        if not quick and (last := best_rate_plan(results)): results = go([*configs, *last])
+        if not (quick or self.cluster):  # what would fail in every run fails here, once
+            for name in get_args(Dataset): load(name, self.root)
+        options: dict[str, Any] = dict(n_jobs=self.jobs, cluster=self.cluster, root=self.root)
+        lacking = [config for config in configs if not (store / f'{config.key}.parquet').exists()]
+        print(f'{len(configs)} runs, kept in {store}; {len(configs) - len(lacking)} are there already', file=sys.stderr)
+        if lacking and not (quick or self.cluster):
+            print(f'{_in_hours(estimate_seconds(lacking, self.jobs))}; then each arm at its own best learning rate', file=sys.stderr)
+        results = run_sweep(configs, store, record=watch, **options) if quick else run_full_plan(store, **options)
         setting = {**MAIN, **{name: getattr(configs[0], name) for name in ('sample', 'epochs', 'batch_size')}}
         print(arm_table(results._replace(runs=results.runs.query('valid == "test" and optimizer == "adam" and lr == 0.004')))
               .to_string(float_format='{:.3f}'.format), end='\n\n')
@@ -222,7 +234,7 @@ class Report:
         print(write_report(load_results(self.runs), self.out, reference=reference, made=f'{datetime.now():%Y-%m-%d %H:%M}'))
         return 0
 
-# %% ../nbs/14_cli.ipynb #aa997b7a
+# %% ../nbs/14_cli.ipynb #c1620d8f
 @dataclass
 class Diagnose:
     """Show each layer's mean, spread and share of units that are off on real images, before and after ReLU was swapped and calibrated.
@@ -232,7 +244,7 @@ class Diagnose:
       wib-nbdev diagnose --model resnet18 --to wib_relu --no-calibrate
     """
     model: Literal['plain_cnn', 'resnet18', 'vgg11', 'mobilenet_v3_small'] = 'plain_cnn' # with fresh weights
-    to: Literal['wib_relu', 'wib_relu_04', 'wib_relu_centred'] = 'wib_relu' # what ReLU is swapped for
+    to: Literal['wib_relu', 'wib_relu_04', 'wib_relu_centred'] = 'wib_relu' # what ReLU is swapped for; they differ with --no-calibrate only
     calibrate: bool = True # set each shift to the mean that the images give
     dataset: Dataset = 'cifar10' # whose images
     init: Scheme = 'kaiming_normal' # weights of the plain CNN
@@ -242,6 +254,7 @@ class Diagnose:
 
     def __post_init__(self) -> None:
         check_number(self.batch_size, 'batch_size', low=1, high=1000, integer=True)
+        check_number(self.seed, 'seed', low=0, high=2**63 - 1, integer=True)
 
     def run(self) -> int:
         import pandas as pd
@@ -266,6 +279,7 @@ class Diagnose:
         with torch.random.fork_rng(devices=[]):  # torchvision's networks draw from the global generator
             torch.manual_seed(self.seed)
             if self.model == 'plain_cnn': return plain_cnn(images.shape[1], init=self.init), images
+            images = torch.nn.functional.pad(images, [(32 - images.shape[-1]) // 2] * 4)  # they halve the side up to five times
             return getattr(torchvision.models, self.model)(weights=None).eval(), images.expand(-1, 3, -1, -1)
 
 # %% ../nbs/14_cli.ipynb #cca38fa2
@@ -283,7 +297,7 @@ def _menu() -> Any:
     kinds = (Annotated[kind, tyro.conf.subcommand(name, description=inspect.getdoc(kind))] for name, kind in COMMANDS.items())
     return functools.reduce(operator.or_, kinds)
 
-# %% ../nbs/14_cli.ipynb #aeb0787a
+# %% ../nbs/14_cli.ipynb #de42ccbd
 def _one_line(
     text:str, # what tyro printed: a box of several paragraphs
 ) -> str:
@@ -291,29 +305,40 @@ def _one_line(
     lines = [line.strip(' │|') for line in text.splitlines()[1:]]  # without the title
     rule = lambda line: set(line) <= set('─-╰╯')
     paragraphs = (' '.join(group).strip() for is_rule, group in itertools.groupby(lines, rule) if not is_rule)
-    return re.sub(r'^Error parsing \w+: ', '', next(filter(None, paragraphs), 'wrong options')).removesuffix('.')
+    return re.sub(r'^Error parsing [\w-]+: ', '', next(filter(None, paragraphs), 'wrong options')).removesuffix('.')
 
-# %% ../nbs/14_cli.ipynb #dc1c4473
+# %% ../nbs/14_cli.ipynb #9fd6814b
 def _parse(arguments: Sequence[str] | None) -> Any:
     "The command that the words ask for. `SystemExit` as tyro raises it: 0 after help, 2 after an error, which is then one line on stderr."
-    said = io.StringIO()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ['--version']:
+        print(f"wib-nbdev {metadata.version('wib_nbdev')}")
+        raise SystemExit(0)
+    name, said = words[0] if words and words[0] in COMMANDS else '', io.StringIO()
     try:
+        if words and words[0][0:1] != '-': one_of(words[0], COMMANDS, 'command')
         with redirect_stderr(said):
-            return tyro.cli(_menu(), prog='wib-nbdev', description=DESCRIPTION, args=arguments, config=(tyro.conf.OmitSubcommandPrefixes,))
+            return tyro.cli(_menu(), prog='wib-nbdev', description=DESCRIPTION, args=words, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ValueError, TypeError) as error: message = str(error)
     except SystemExit as end:
         if end.code != 2: raise
         message = _one_line(said.getvalue())
-    print(f'wib-nbdev: {message}; see wib-nbdev --help', file=sys.stderr)
+    print(f"wib-nbdev: {message}; see wib-nbdev {f'{name} ' * bool(name)}--help", file=sys.stderr)
     raise SystemExit(2)
 
-# %% ../nbs/14_cli.ipynb #ccc6c41b
+# %% ../nbs/14_cli.ipynb #565195cd
 def main(
     arguments:Sequence[str] | None=None, # the words after `wib-nbdev`; those of the shell if None
 ) -> int:
     "Runs a command; returns 0 if all went well, 1 if the work failed, 130 after Ctrl-C. Leaves with 2 if the options were wrong."
     command = _parse(arguments)
-    try: return command.run()
+    try:
+        code = command.run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, RuntimeError, ValueError) as error:
         print(f'wib-nbdev: {error}', file=sys.stderr)
         return 1

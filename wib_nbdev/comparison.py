@@ -7,15 +7,17 @@ __all__ = ['METRICS', 'RIVALS', 'MAIN', 'CLAIMED', 'ROPE', 'BOOTSTRAP_FROM', 'AR
            'PUBLISHED', 'kind_of', 'select', 'run_values', 'Interval', 'mean_interval', 'spread', 'learning_curves',
            'plot_curves', 'figure_12', 'figure_13', 'final_table', 'best_table', 'readable', 'pair', 'sign_flip_p',
            'p_next_seed', 'paired_power', 'seeds_needed', 'verdict', 'compare_pairs', 'holm', 'paired_differences',
-           'plot_forest', 'figure_forest', 'rate_table', 'best_rates', 'at_best_rates', 'best_rate_plan', 'plot_rates',
-           'figure_rates', 'epochs_to_loss', 'common_loss', 'speed_differences', 'in_words']
+           'plot_forest', 'figure_forest', 'rate_table', 'best_rates', 'at_best_rates', 'best_rate_plan',
+           'run_full_plan', 'plot_rates', 'figure_rates', 'epochs_to_loss', 'common_loss', 'speed_differences',
+           'in_words']
 
-# %% ../nbs/10_comparison.ipynb #a2da70f0
+# %% ../nbs/10_comparison.ipynb #cac97ba9
 import bisect
 import itertools
 import math
 import warnings
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +31,12 @@ from statsmodels.stats.multitest import multipletests
 
 from .config import TrainConfig, check_number, one_of
 from .style import BAND, COLOURS, LABELS, MARKERS, THEORY, new_axes, panels
-from .sweep import PAPER_ARMS, Results, arm_grid, full_plan, with_arms
+from .sweep import PAPER_ARMS, Results, arm_grid, full_plan, run_sweep, watch, with_arms
 
-# %% ../nbs/10_comparison.ipynb #1d9da4ab
+# %% ../nbs/10_comparison.ipynb #fb34e940
 METRICS = ('train loss', 'valid loss', 'train accuracy', 'valid accuracy')  # the four panels of Fig. 12 and 13
 RIVALS = ('relu', 'leaky_relu', 'prelu', 'elu')  # what the paper compares WIB-ReLU with
-MAIN: dict[str, Any] = dict(  # Section 4, with the learning rate that lands on the published numbers
+MAIN: dict[str, Any] = dict(  # Section 4, with a learning rate that comes near the published numbers
     sample=False, epochs=20, batch_size=256, lr=0.004, optimizer='adam', momentum=0.9, weight_decay=0.0, valid='test')
 
 # %% ../nbs/10_comparison.ipynb #6a9a6e38
@@ -231,14 +233,14 @@ def best_table(
     "Each metric's own best epoch, as `final_table`. The best of 20 looks at the test images is an optimistic number."
     return _table(run_values(results, 'best'))
 
-# %% ../nbs/10_comparison.ipynb #02b65b41
+# %% ../nbs/10_comparison.ipynb #1378d620
 def readable(
     table:pd.DataFrame, # of `final_table` or `best_table`
 ) -> pd.DataFrame:
-    "A row a data set and arm, a column a metric, in each cell the mean ± half of the interval."
+    "A row a data set, arm and number of runs, a column a metric, in each cell the mean ± half of the interval."
     half = (table['high'] - table['low']) / 2
     text = [f'{mean:.4f} ± {width:.4f}' if math.isfinite(width) else f'{mean:.4f}' for mean, width in zip(table['mean'], half, strict=True)]
-    wide = table.assign(text=text).pivot(index=['dataset', 'arm'], columns='metric', values='text')
+    wide = table.assign(text=text).pivot(index=['dataset', 'arm', 'n'], columns='metric', values='text')
     return wide.reindex(columns=METRICS).sort_index(level=0, ascending=False, sort_remaining=False)
 
 # %% ../nbs/10_comparison.ipynb #a27f0aef
@@ -371,7 +373,7 @@ def paired_differences(
     frame = pd.DataFrame(rows)
     return frame.assign(p_holm=frame.groupby(['dataset', 'metric'])['p'].transform(holm))
 
-# %% ../nbs/10_comparison.ipynb #d9a3a0b0
+# %% ../nbs/10_comparison.ipynb #844dd0b4
 def plot_forest(
     differences:pd.DataFrame, # of `paired_differences`, one metric
     ax:Axes | None=None, # axes to draw on; new ones if None
@@ -381,7 +383,8 @@ def plot_forest(
     if n_metrics != 1: raise ValueError(f'differences: holds {n_metrics} metrics, must hold one')
     kind = kind_of(metric)
     unit = 'percent of the rival’s' if kind == 'loss' else 'points'
-    ax = new_axes(ax, title=metric, xlabel=f'difference ({unit})')
+    n = ' to '.join(map(str, sorted({differences['n'].min(), differences['n'].max()})))
+    ax = new_axes(ax, title=f'{metric}, n = {n}', xlabel=f'difference ({unit})')
     ax.axvspan(-100 * ROPE[kind], 100 * ROPE[kind], color='#999999', **BAND)
     ax.axvline(0, color='#999999', linewidth=0.8)
     ax.axvline(100 * CLAIMED[kind], **THEORY)
@@ -393,14 +396,18 @@ def plot_forest(
     ax.set_ylim(len(differences) - 0.5, -0.5)
     return ax
 
-# %% ../nbs/10_comparison.ipynb #3fbaf98a
+# %% ../nbs/10_comparison.ipynb #ea5a4972
 def figure_forest(
     differences:pd.DataFrame, # of `paired_differences`
-    metrics:Sequence[str]=('valid loss', 'valid accuracy'), # which
+    metrics:Sequence[str]=('valid loss', 'valid accuracy'), # which; one without rows leaves its panel empty
 ) -> Figure:
-    "`plot_forest` of some metrics, side by side."
-    figure, axes = panels(1, len(metrics), panel_size=(4.9, 3), sharey=True)
-    for ax, metric in zip(axes.flat, metrics, strict=True): plot_forest(differences[differences['metric'] == metric], ax)
+    "`plot_forest` of some metrics, two in a row."
+    parts = [differences[differences['metric'] == metric] for metric in metrics]
+    alike = len({tuple(part[['dataset', 'rival']].itertuples(index=False)) for part in parts}) == 1
+    figure, axes = panels(-(-len(parts) // 2), min(len(parts), 2), panel_size=(4.9, 3), sharey='row' if alike else False)
+    for ax, part in itertools.zip_longest(axes.flat, parts):
+        if part is None or part.empty: ax.set_axis_off()
+        else: plot_forest(part, ax)
     return figure
 
 # %% ../nbs/10_comparison.ipynb #bbd3dc59
@@ -453,6 +460,17 @@ def best_rate_plan(
     chosen = best_rates(select(results, key=list(grid))).to_dict('records')
     return [config for best in chosen for config in arm_grid([best['arm']], seed=range(seeds), **{
         name: best[name] for name in ('dataset', 'optimizer', 'lr')})]
+
+# %% ../nbs/10_comparison.ipynb #c119bdbe
+def run_full_plan(
+    out:str | Path, # folder of the runs
+    **options:Any, # those of `run_sweep`
+) -> Results:
+    "The full reproduction: `sweep.full_plan`, then `best_rate_plan`. A second call goes on where the first was stopped."
+    plan = full_plan()
+    results = run_sweep(plan, out, record=watch, **options)
+    last = best_rate_plan(results)
+    return run_sweep([*plan, *last], out, record=watch, **options) if last else results
 
 # %% ../nbs/10_comparison.ipynb #6bd43e33
 def plot_rates(

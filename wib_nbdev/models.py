@@ -193,15 +193,17 @@ def control_differences(
     del differences['conv1'] # the same convolution of the same images
     return differences
 
-# %% ../nbs/06_models.ipynb #9bac26d4
+# %% ../nbs/06_models.ipynb #ddcd50f4
 def plot_difference(
     difference:Tensor, # (height, width), what `control_differences` returned for a layer
     title:str='', # the layer
     ax:Axes | None=None, # axes to draw on; new ones if None
+    *,
+    vmax:float | None=None, # the difference with the darkest colour; the largest one if None
 ) -> Axes:
     "Where and by how much the control's preact differs from WIB-ReLU's."
     ax = new_axes(ax, title=title)
-    image = ax.imshow(difference.cpu(), cmap='Oranges', vmin=0)
+    image = ax.imshow(difference.cpu(), cmap='Oranges', vmin=0, vmax=vmax)
     ax.figure.colorbar(image, ax=ax, label='mean |difference|', shrink=0.8)
     ax.set(xticks=[], yticks=[])
     return ax

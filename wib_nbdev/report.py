@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'FIGURES', 'ENVIRONMENT', 'CONTENTS', 'setups', 'guess_setting', 'Check', 'main_runs', 'seeds_per_arm',
-           'trust', 'as_svg', 'PaperFigure', 'measured_differences', 'difference_table', 'figure_forest',
-           'figure_beside', 'last_epochs', 'provenance', 'core_hours', 'run_table', 'render', 'write_report']
+           'trust', 'as_svg', 'PaperFigure', 'measured_differences', 'difference_table', 'figure_beside', 'last_epochs',
+           'provenance', 'core_hours', 'run_table', 'render', 'write_report']
 
-# %% ../nbs/13_report.ipynb #fac080a7
+# %% ../nbs/13_report.ipynb #fe56c7d2
 import io
 import math
 import os
@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from .activations import figure_5
 from .claims import DATASETS, MIN_PAIRS, VERDICTS, Evidence, MissingRuns, judge
 from wib_nbdev.comparison import (
-    ARM_LABELS, DATASET_LABELS, MAIN, METRICS, RIVALS, figure_12, figure_13, figure_rates, final_table, kind_of, learning_curves,
-    paired_differences, plot_curves, plot_forest, readable, select,
+    ARM_LABELS, DATASET_LABELS, MAIN, METRICS, RIVALS, figure_12, figure_13, figure_forest, figure_rates, final_table, kind_of,
+    learning_curves, paired_differences, plot_curves, readable, select,
 )
 from .config import TrainConfig
 from .initializers import figure_3b
@@ -247,7 +247,7 @@ def measured_differences(
         frame = paired_differences(main, evidence.wib, rivals)
     return frame[frame['n'] >= 2]
 
-# %% ../nbs/13_report.ipynb #318de5cd
+# %% ../nbs/13_report.ipynb #31062512
 def _effect(row: Any) -> str:
     "An effect and its interval: a loss in percent, an accuracy in points."
     unit, digits = ('%', 1) if kind_of(row.metric) == 'loss' else ('points', 2)
@@ -264,18 +264,7 @@ def difference_table(
         'verdict': row.verdict, 'p (Holm)': '–' if math.isnan(row.p_holm) else f'{row.p_holm:.3f}',
     } for row in differences.itertuples()])
 
-def figure_forest(
-    differences:pd.DataFrame, # of `measured_differences`
-) -> Figure:
-    "`plot_forest` of the four metrics."
-    figure, axes = panels(2, 2, panel_size=(5, 2.9))
-    for ax, metric in zip(axes.flat, METRICS, strict=True):
-        part = differences[differences['metric'] == metric]
-        if len(part): plot_forest(part, ax)
-        else: ax.set_axis_off()
-    return figure
-
-# %% ../nbs/13_report.ipynb #a5f9080e
+# %% ../nbs/13_report.ipynb #42d76299
 def figure_beside(
     here:Results, # the main runs
     reference:Results, # the reference's
@@ -298,10 +287,9 @@ def last_epochs(
     "The last epoch as text: a row a data set and arm, the mean ± half of the 95 % interval of each metric. No rows without runs."
     chosen = select(results, arm=arms, status='finished')
     if chosen.runs.empty: return pd.DataFrame()
-    seeds = chosen.runs.groupby(['dataset', 'arm'])['seed'].nunique()
-    table = readable(final_table(chosen))
-    table = table.loc[[(dataset, arm) for dataset in DATASETS for arm in arms if (dataset, arm) in table.index]].reset_index()
-    table.insert(2, 'seeds', [seeds[row.dataset, row.arm] for row in table.itertuples()])
+    places = {name: place for place, name in enumerate([*DATASETS, *arms])}
+    table = readable(final_table(chosen)).reset_index().rename(columns={'n': 'seeds'})
+    table = table.sort_values(['dataset', 'arm'], key=lambda names: names.map(places), ignore_index=True)
     named = table.assign(dataset=table['dataset'].map(DATASET_LABELS), arm=table['arm'].map(ARM_LABELS))
     return named.rename(columns={'dataset': 'data set', 'arm': 'activation'})
 
@@ -485,12 +473,13 @@ _CLAIM = '''
 {% endmacro %}
 '''
 
-# %% ../nbs/13_report.ipynb #19c0b877
+# %% ../nbs/13_report.ipynb #bc3abec6
 _VERDICTS = '''
 {% from 'parts' import head %}
 {% from 'claim' import said, judged, measured %}
 <h2 id="verdicts">The paper’s claims, judged</h2>
-<p>Each criterion was fixed before the runs. An interval is the 95 % interval over runs or trials.</p>
+<p>The criteria were committed before the full reproduction; what came later says so.
+An interval is the 95 % interval over runs or trials.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Verdicts"><table class="stack claims" role="table">
 {{ head(('The paper says', 'Verdict', 'Measured', 'Why')) }}<tbody role="rowgroup">
 {% for row in verdicts %}
@@ -634,7 +623,7 @@ def render(
     with style.context(_DEFAULT): page = _page(evidence, verdicts, reference)
     return _TEMPLATES.get_template('page').render(page, guessed=setting is None, made=made, contents=CONTENTS)
 
-# %% ../nbs/13_report.ipynb #0813414a
+# %% ../nbs/13_report.ipynb #3f497abd
 def _page(evidence: Evidence, verdicts: pd.DataFrame, reference: Results | None) -> dict[str, Any]:
     "What the templates are filled with."
     return {**_words(evidence, verdicts), **_tables(evidence, verdicts), **_pictures(evidence, verdicts, reference)}
@@ -655,7 +644,7 @@ def _tables(evidence: Evidence, verdicts: pd.DataFrame) -> dict[str, Any]:
 def _pictures(evidence: Evidence, verdicts: pd.DataFrame, reference: Results | None) -> dict[str, Any]:
     differences = measured_differences(evidence)
     seen = 'Each metric at the last epoch, a row a data set and rival: the effect with its interval, as in the table below.'
-    return dict(forest=as_svg(figure_forest(differences), seen, 'forest') if len(differences) else Markup(),
+    return dict(forest=as_svg(figure_forest(differences, METRICS), seen, 'forest') if len(differences) else Markup(),
                 differences=difference_table(differences), figures=_drawn(evidence, verdicts), rates=_rates(evidence),
                 reference=_reference(evidence, reference))
 

@@ -51,8 +51,8 @@ COLOURS = {
     'relu_compensated': '#1B3B6F',
 }
 
-# %% ../nbs/00_style.ipynb #d6a6f741
-MARKERS = dict(zip(LABELS, 'osD^vPXhos*d<p', strict=True))
+# %% ../nbs/00_style.ipynb #cf4ec2b3
+MARKERS = dict(zip(LABELS, 'osD^vPXh*><dpH', strict=True))
 
 # %% ../nbs/00_style.ipynb #b07bb140
 def colour(name:str) -> str:

@@ -6,19 +6,22 @@
 __all__ = ['swap_activations', 'calibrate', 'diagnose', 'plot_diagnosis', 'ClampMin', 'fold_shift', 'predict_signal', 'deep_mlp',
            'measure_signal', 'plot_signal', 'write_tensorboard']
 
-# %% ../nbs/12_surgery.ipynb #02bdd4ac
+# %% ../nbs/12_surgery.ipynb #bfe47ffb
 import ast
 import copy
 import inspect
 import math
 import operator
+import random
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
@@ -29,6 +32,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from .activations import WIBReLU, make_activation
@@ -38,9 +43,11 @@ from .mean_shift import gaussian_moments
 from .recorder import ACTIVATION_TYPES, ActivationRecorder, _refuse_compiled
 from .style import LABELS, THEORY, colour, label, new_axes, plot_band
 
-# %% ../nbs/12_surgery.ipynb #e5968be6
-_FUNCTIONS = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.LeakyReLU: 'leaky_relu', nn.ELU: 'elu', nn.SELU: 'selu', nn.GELU: 'gelu',
-              nn.SiLU: 'silu', nn.Mish: 'mish', nn.Hardswish: 'hardswish', nn.Tanh: 'tanh'}
+# %% ../nbs/12_surgery.ipynb #82d4d740
+_FUNCTIONS = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.LeakyReLU: 'leaky_relu', nn.PReLU: 'prelu', nn.ELU: 'elu', nn.CELU: 'celu',
+              nn.SELU: 'selu', nn.GELU: 'gelu', nn.SiLU: 'silu', nn.Mish: 'mish', nn.Softplus: 'softplus', nn.Softsign: 'softsign',
+              nn.Sigmoid: 'sigmoid', nn.LogSigmoid: 'logsigmoid', nn.Tanh: 'tanh', nn.Hardtanh: 'hardtanh', nn.Hardswish: 'hardswish',
+              nn.Hardsigmoid: 'hardsigmoid'}
 
 def _functions_of(old: type[nn.Module]) -> set[Any]:
     "The same activation written as a call: functions of torch, and the names of methods of a tensor."
@@ -53,28 +60,100 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     inside = [f'{name}.' for name, module in model.named_modules() if name and isinstance(module, ACTIVATION_TYPES)]
     return {name: module for name, module in model.named_modules() if not f'{name}.'.startswith(tuple(inside))}
 
-# %% ../nbs/12_surgery.ipynb #206751c5
+def _check_model(model: Any, call: str) -> None:
+    "`TypeError` for what is no module, `ValueError` for one that none of the functions here can work on; `call` says how they are called."
+    if not isinstance(model, nn.Module):
+        given = getattr(model, '__name__', type(model).__name__)
+        raise TypeError(f'model={given}: must be an nn.Module instance; {call}')
+    if isinstance(model, torch.jit.ScriptModule): raise ValueError('model: is scripted: give the Python module')
+    _refuse_compiled(model)
+    for name, module in model.named_modules():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise ValueError(f'model: {_named(name)} is lazy and has no parameters yet: run the model once on a batch first')
+
+def _named(name: str) -> str: return name or '(the model itself)'
+
+# %% ../nbs/12_surgery.ipynb #4366f2f7
+_MODES = [(torch.no_grad, '__enter__', 'gradient'), (torch.enable_grad, '__enter__', 'gradient'), (torch.autocast, '__enter__', 'autocast'),
+          (torch.set_grad_enabled, '__init__', 'gradient'), (torch.inference_mode, '__enter__', 'gradient')]
+
+@contextmanager
+def _modes_refused() -> Iterator[None]:
+    "`ValueError` where the mode of gradients or of autocast is changed."
+    def refusal(mode: str) -> Callable[..., Any]:
+        def refuse(*_: Any, **__: Any) -> None: raise ValueError(f'it changes the {mode} mode')
+        return refuse
+    kept = [(kind, name, vars(kind)[name]) for kind, name, _ in _MODES]
+    try:
+        for kind, name, mode in _MODES: setattr(kind, name, refusal(mode))
+        yield
+    finally:
+        for kind, name, value in kept: setattr(kind, name, value)
+
+def _random_states() -> tuple[Any, ...]:
+    "The states of the generators that code may draw from without being given one, as values that can be compared."
+    state: Any = np.random.get_state()  # noqa: NPY002
+    tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    return random.getstate(), (state[0], tuple(state[1].tolist()), *state[2:]), [tensor.numpy().tobytes() for tensor in tensors]
+
+@contextmanager
+def _no_draws() -> Iterator[None]:
+    "`ValueError` where random numbers were drawn; those of Python and NumPy are put back."
+    before = _random_states()
+    try: yield
+    finally:
+        drew = _random_states() != before
+        if drew:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+    if drew: raise ValueError('it draws random numbers')
+
+# %% ../nbs/12_surgery.ipynb #29fede28
+def _own_copy(value: Any) -> Any:
+    "A copy of a list, dict or set and of those inside it; what else they hold is shared."
+    if isinstance(value, set): return copy.copy(value)
+    if not isinstance(value, (list, deque, dict)): return value
+    twin: Any = copy.copy(value)
+    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)): twin[key] = _own_copy(part)
+    return twin
+
+def _holds_the_same(before: Any, after: Any) -> bool:
+    "Whether a value is the same object as before, or a copy by `_own_copy` that still holds the same ones."
+    if before is after: return True
+    if type(before) is not type(after) or not isinstance(before, (list, deque, dict, set)): return False
+    if isinstance(before, dict): return before.keys() == after.keys() and all(_holds_the_same(before[k], after[k]) for k in before)
+    return before == after if isinstance(before, set) else len(before) == len(after) and all(map(_holds_the_same, before, after))
+
+# %% ../nbs/12_surgery.ipynb #8074b57f
 class _OwnForward(fx.Tracer):
     "Traces what a module does itself; its children stay whole."
     proxy_buffer_attributes = True
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool: return True
 
-def _trace_own(module: nn.Module, training: bool) -> fx.Graph:
-    "The graph of a module's forward as its class wrote it; an error of some kind where a graph would not do the same."
+def _trace_own(module: nn.Module, training: bool, added: list[str]) -> fx.Graph:
+    """The graph of a module's forward as its class wrote it, run without the children that a swap `added`; an error of some kind where
+    a graph is known not to do the same."""
     kind = getattr(type(module), '_written', type(module))
     parameters = list(inspect.signature(kind.forward).parameters.values())
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise ValueError('it takes optional arguments')
-    twin = object.__new__(kind)
-    parts = {name: copy.copy(value) for name, value in vars(module).items() if name in ('_modules', '_parameters', '_buffers')}
-    vars(twin).update(vars(module), **parts, training=training)
-    before = dict(vars(twin))
-    graph = _OwnForward().trace(twin)
-    changed = [name for name, value in vars(twin).items() if name not in before or before[name] is not value]
-    if changed: raise ValueError(f'it makes constants or keeps state ({changed[0]})')
+    twin: Any = object.__new__(kind)
+    vars(twin).update(_own_copy(vars(module)), training=training)
+    for name in added: twin._modules.pop(name, None)
+    before = _own_copy(vars(twin))
+    with _modes_refused(), _no_draws(): graph = _OwnForward().trace(twin)
+    changed = [name for name in {**before, **vars(twin)} if not _holds_the_same(before.get(name), vars(twin).get(name))]
+    if any(name.startswith('_tensor_constant') for name in changed): raise ValueError('it makes constants')
+    if changed: raise ValueError(f'it keeps state ({changed[0]})')
     return graph
 
-# %% ../nbs/12_surgery.ipynb #84de36c9
+# %% ../nbs/12_surgery.ipynb #8909b275
+class _Site(NamedTuple):
+    "What a node of a graph is to call."
+    child: str  # its name
+    inplace: bool  # whether later readers of the input are led to the output
+    added: bool  # whether a swap put the child there: the forward as written must not meet it, it may run over its children
+
 def _call_child(graph: fx.Graph, node: fx.Node, child: str, inplace: bool) -> None:
     "Turns a node into a call of a child. After an in-place call, whoever read the input again read the output: they still do."
     x: Any = node.args[0] if node.args else node.kwargs['input']
@@ -87,21 +166,46 @@ def _later_users(graph: fx.Graph, node: fx.Node, x: fx.Node) -> list[fx.Node]:
     nodes = list(graph.nodes)
     return [user for user in nodes[nodes.index(node) + 1:] if user in x.users]
 
-def _own_graph(module: nn.Module, training: bool, sites: dict[str, tuple[str, bool]]) -> fx.Graph:
-    "The graph of a module's forward in which each node named in `sites` calls a child: (its name, whether in place)."
-    graph = _trace_own(module, training)
+def _own_graph(module: nn.Module, training: bool, sites: dict[str, _Site]) -> fx.Graph:
+    "The graph of a module's forward in which each node named in `sites` calls a child."
+    graph = _trace_own(module, training, [site.child for site in sites.values() if site.added])
     for node in list(graph.nodes):
-        if node.name in sites: _call_child(graph, node, *sites[node.name])
+        if node.name in sites: _call_child(graph, node, *sites[node.name][:2])
     return graph
 
-# %% ../nbs/12_surgery.ipynb #de5336dc
+# %% ../nbs/12_surgery.ipynb #10a3d47c
+_VIEWS = set("""T H mT mH data chunk contiguous detach diagonal dropout expand expand_as flatten float getitem iadd imul isub itruediv
+    movedim narrow permute ravel real reshape reshape_as select split squeeze swapaxes swapdims t tensor_split to transpose type type_as
+    unbind unflatten unfold unsqueeze view view_as""".split())
+_VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
+
+def _is_view(node: fx.Node, part: nn.Module) -> bool:
+    "Whether what a node puts out may lie in the memory of its first argument: it, a view of it, or it written over."
+    if not node.args or not isinstance(node.args[0], fx.Node): return False
+    if node.op == 'call_module':
+        child = part.get_submodule(str(node.target))
+        return isinstance(child, _VIEW_MODULES) or getattr(child, 'inplace', False) is True
+    if node.op not in ('call_function', 'call_method'): return False
+    name = str(node.args[1] if node.target is getattr else getattr(node.target, '__name__', node.target))
+    return name in _VIEWS or name.endswith('_') or node.kwargs.get('inplace') is True
+
+def _may_be_held(graph: fx.Graph, node: fx.Node, x: fx.Node, part: nn.Module) -> bool:
+    "Whether others may hold the tensor `x` that `node` writes over: who called the forward, or who reads it later as another view."
+    base: Any = x
+    while _is_view(base, part): base = base.args[0]
+    same = {base}
+    for other in takewhile(lambda other: other is not node, graph.nodes):
+        if _is_view(other, part) and other.args[0] in same: same.add(other)
+    return base.op in ('placeholder', 'get_attr') or any(_later_users(graph, node, other) for other in same - {x})
+
+# %% ../nbs/12_surgery.ipynb #875f58de
 class _Rewired:
     "What a rewired module is besides its own class. It is copied and pickled by tracing it again."
     _written: type[nn.Module]
-    _sites: dict[str, tuple[str, bool]]
+    _sites: dict[str, _Site]
     def __reduce_ex__(self, protocol: Any) -> Any: return _blank, (self._written, self._sites), vars(self).copy()
 
-def _blank(written: type[nn.Module], sites: dict[str, tuple[str, bool]]) -> nn.Module:
+def _blank(written: type[nn.Module], sites: dict[str, _Site]) -> nn.Module:
     "A module without state, which is rewired as soon as it gets one."
     def set_state(module: Any, state: dict[str, Any]) -> None:
         module.__class__ = written
@@ -110,7 +214,7 @@ def _blank(written: type[nn.Module], sites: dict[str, tuple[str, bool]]) -> nn.M
     pending: Any = type(written.__name__, (written,), dict(__setstate__=set_state))
     return object.__new__(pending)
 
-def _rewire(module: nn.Module, sites: dict[str, tuple[str, bool]]) -> None:
+def _rewire(module: nn.Module, sites: dict[str, _Site]) -> None:
     "Gives a module the forward of `_own_graph`, in both modes. Its class becomes a subclass of the one that it had."
     kind = getattr(type(module), '_written', type(module))
     graphs = {training: _own_graph(module, training, sites) for training in (True, False)}
@@ -118,22 +222,26 @@ def _rewire(module: nn.Module, sites: dict[str, tuple[str, bool]]) -> None:
         module.graph = graphs[module.training]
         return
     train, evaluate = (type(fx.GraphModule(module, graph)).forward for graph in graphs.values())
+    @wraps(kind.forward, updated=())  # its signature is asked for, by torch.fx and torch.export among others
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any: return (train if self.training else evaluate)(self, *args, **kwargs)
     body = dict(forward=forward, _written=kind, _sites=sites, __module__=kind.__module__, __qualname__=kind.__qualname__)
     module.__class__ = type(kind.__name__, (_Rewired, kind), body)
 
-# %% ../nbs/12_surgery.ipynb #e2d10e2f
+# %% ../nbs/12_surgery.ipynb #14f8300c
 def _written_calls(module: nn.Module) -> Counter[str]:
-    "The calls in the source of a module's class, such as 'F.relu' and 'self.act'; bare names where there is no source."
+    "The calls in the source of a module and its class, such as 'F.relu' and 'self.act'; bare names where there is no source."
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith('torch.')]
     calls: Counter[str] = Counter()
-    for function in [value for kind in kinds for value in vars(kind).values() if inspect.isfunction(value)]:
+    functions = [value for kind in kinds for value in vars(kind).values() if inspect.isfunction(value)]
+    own = vars(module).get('forward')
+    if inspect.isfunction(own) and not hasattr(own, '__wrapped__'): functions.append(own)  # one that is wrapped would count twice
+    for function in functions:
         try: tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError, SyntaxError): calls.update(function.__code__.co_names)
         else: calls.update(ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
     return calls
 
-# %% ../nbs/12_surgery.ipynb #55172488
+# %% ../nbs/12_surgery.ipynb #fe825f28
 class _Swap:
     "One swap under way: what is replaced by what, the rows of its report, and all that is needed to take it back."
     def __init__(self, model: nn.Module, old: type[nn.Module], make: Callable[[], nn.Module]):
@@ -143,9 +251,15 @@ class _Swap:
         self.parts = _parts(model)
         self._before = [(part, type(part), dict(vars(part)), dict(part._modules)) for part in self.parts.values()]
 
-    def note(self, name: str, old: str, unit: nn.Module | None, note: str = '') -> None:
-        new = '' if unit is None else type(unit).__name__
+    def note(self, name: str, old: str, unit: nn.Module | None, *notes: str) -> None:
+        if unit is not None and list(unit.parameters()): notes = (*notes, 'has parameters of its own: give them to the optimiser')
+        new, note = '' if unit is None else type(unit).__name__, '; '.join(filter(None, notes))
         self.rows.append(dict(name=name.strip('.'), old=old, new=new, swapped=unit is not None, note=note))
+
+    def change(self, name: str, change: Callable[[str], str]) -> None:
+        "Changes the note of a place, once the forward that calls it is known."
+        for row in self.rows:
+            if row['name'] == name.strip('.'): row['note'] = change(row['note'])
 
     def unit(self, part: nn.Module, old: nn.Module | None = None) -> nn.Module:
         "A new unit in the mode of the old one, where `part` has its parameters."
@@ -162,18 +276,33 @@ class _Swap:
             part._modules.update(children)
             if isinstance(part, fx.GraphModule): part.recompile()
 
-# %% ../nbs/12_surgery.ipynb #0b5edde4
+# %% ../nbs/12_surgery.ipynb #cfaf3b08
+_GONE = 'is no longer in place'
+_HELD = 'was in place on a tensor that others may hold: who reads it later no longer sees the activation'
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+def _has_hooks(module: nn.Module) -> bool: return any(getattr(module, hooks) for hooks in _HOOKS)
+
+def _inplace_note(part: nn.Module, child_name: str) -> str:
+    "What is lost with an in-place child, as far as `part` alone can tell: in a Sequential, whoever comes before it made its input."
+    if not getattr(part._modules[child_name], 'inplace', False): return ''
+    if type(part).forward is not nn.Sequential.forward: return _HELD
+    before = takewhile(lambda name: name != child_name, part._modules)
+    return _HELD if all(isinstance(part._modules[name], _VIEW_MODULES) for name in before) else _GONE
+
+# %% ../nbs/12_surgery.ipynb #f5373c33
 def _swap_children(swap: _Swap, name: str, part: nn.Module) -> None:
     "Swaps the children of `part` that are activations, and the functions that it keeps as attributes."
     for child_name, child in list(part._modules.items()):
         if not isinstance(child, swap.old): continue
         place, kind = f'{name}.{child_name}', type(child).__name__
         if type(child) is not swap.old: swap.note(place, kind, None, f'is a subclass of {swap.old.__name__}: name it as `old`')
-        elif child._forward_hooks or child._forward_pre_hooks: swap.note(place, kind, None, 'carries hooks: remove them first')
+        elif _has_hooks(child): swap.note(place, kind, None, 'carries hooks: remove them first')
         else:
+            note = _inplace_note(part, child_name)
             part._modules[child_name] = unit = swap.unit(part, child)
             swap.units[unit] = child
-            swap.note(place, kind, unit, 'is no longer in place' if getattr(child, 'inplace', False) else '')
+            swap.note(place, kind, unit, note)
     for attribute, value in list(vars(part).items()):
         if not any(value is function for function in swap.functions if callable(function)): continue
         setattr(part, attribute, swap.unit(part))
@@ -183,9 +312,17 @@ def _swap_children(swap: _Swap, name: str, part: nn.Module) -> None:
         for encoder in [other for other in swap.parts.values() if isinstance(other, nn.TransformerEncoder)]:
             encoder.use_nested_tensor = False  # which only the fast path understands
 
-# %% ../nbs/12_surgery.ipynb #b465fe6f
-def _find_calls(swap: _Swap, part: nn.Module, training: bool) -> list[tuple[str, str, bool, bool]]:
-    "Where a forward calls the activation: (node, name of child or function, whether a child, whether in place with effects later on)."
+# %% ../nbs/12_surgery.ipynb #3f4b9931
+class _Call(NamedTuple):
+    "A call of the activation in a forward."
+    node: str  # its name in the graph
+    target: str  # name of the child or function
+    is_child: bool
+    inplace: str  # what is lost with it: '', or one of the two notes
+    rerouted: bool  # whether it was in place and its input is read later
+
+def _find_calls(swap: _Swap, part: nn.Module, training: bool) -> list[_Call]:
+    "Where a forward calls the activation, in order."
     graph, found = _own_graph(part, training, getattr(part, '_sites', {})), []
     for node in graph.nodes:
         child = swap.units.get(part.get_submodule(str(node.target))) if node.op == 'call_module' else None
@@ -193,38 +330,45 @@ def _find_calls(swap: _Swap, part: nn.Module, training: bool) -> list[tuple[str,
         name = node.target if isinstance(node.target, str) else node.target.__name__
         inplace = name.endswith('_') or node.kwargs.get('inplace', False) if child is None else getattr(child, 'inplace', False)
         x: Any = node.args[0] if node.args else node.kwargs['input']
-        found.append((node.name, name, child is not None, bool(inplace and _later_users(graph, node, x))))
+        note = '' if not inplace else _HELD if _may_be_held(graph, node, x, part) else _GONE
+        found.append(_Call(node.name, name, child is not None, note, bool(inplace and _later_users(graph, node, x))))
     return found
 
-# %% ../nbs/12_surgery.ipynb #a1dea688
+# %% ../nbs/12_surgery.ipynb #83b7125a
 def _note_untraced(swap: _Swap, name: str, part: nn.Module, why: str) -> None:
     "Names what is found in the source of a forward that does not trace."
     for call, n in _written_calls(part).items():
         owner, _, last = call.rpartition('.')
         if owner != 'self' and last in swap.functions and last not in part._modules: swap.note(f'{name}', call, None, why)
         elif owner == 'self' and n > 1 and part._modules.get(last) in swap.units:
-            row = next(row for row in swap.rows if row['name'] == f'{name}.{last}'.strip('.'))
-            row['note'] = f'{n} calls share this unit: {why}'
+            swap.change(f'{name}.{last}', partial(_joined, f'{n} calls share this unit: {why}'))
 
-# %% ../nbs/12_surgery.ipynb #bb884650
+def _joined(more: str, note: str) -> str: return '; '.join(filter(None, (note, more)))
+def _inplace_as(inplace: str, note: str) -> str: return note.replace(_HELD, inplace).replace(_GONE, inplace)
+
+# %% ../nbs/12_surgery.ipynb #3d8ed85c
 def _swap_calls(swap: _Swap, name: str, part: nn.Module) -> None:
     "Gives a unit of its own to each call of the activation as a function, and to each further call of a child."
     try:
+        if 'forward' in vars(part): raise ValueError('it was replaced on the instance (by accelerate, for one): swap before that')
         found = _find_calls(swap, part, True)
         if found != _find_calls(swap, part, False): raise ValueError('it calls other activations in training than in evaluation')
     except Exception as error:
         return _note_untraced(swap, name, part, f'{type(part).__name__}.forward does not trace: {_first_line(error)}')
-    sites, rows, seen = {}, [], set()
-    for node, target, is_child, rerouted in found:
-        child, first = target, is_child and target not in seen
-        if not first:
-            child = _free_name(part, target.replace('.', '_').rstrip('_'))
+    sites, seen = dict(getattr(part, '_sites', {})), set()
+    for call in found:
+        child, first = call.target, call.is_child and call.target not in seen
+        seen.add(child)
+        if first: swap.change(f'{name}.{child}', partial(_inplace_as, call.inplace))
+        else:
+            child = _free_name(part, child.replace('.', '_').rstrip('_'))
             part._modules[child] = swap.unit(part)
-            rows.append((f'{name}.{child}', target, part._modules[child], 'was a further call' if is_child else 'was a function'))
-        seen.add(target)
-        if rerouted or not first: sites[node] = (child, rerouted)
-    if sites: _rewire(part, {**getattr(part, '_sites', {}), **sites})
-    for row in rows: swap.note(*row)
+            was = 'was a further call' if call.is_child else 'was a function'
+            if call.target == 'prelu': was += ', whose weight is no longer used'
+            swap.note(f'{name}.{child}', call.target, part._modules[child], was, call.inplace)
+        added = not first or (call.node in sites and sites[call.node].added)
+        if call.rerouted or not first: sites[call.node] = _Site(child, call.rerouted, added)
+    if sites != getattr(part, '_sites', {}): _rewire(part, sites)
 
 def _first_line(error: Exception) -> str: return next(iter(str(error).splitlines()), type(error).__name__)
 
@@ -232,7 +376,7 @@ def _free_name(part: nn.Module, name: str) -> str:
     "A name that the module does not have yet."
     return next(free for n in range(1, 10**6) if not hasattr(part, free := f'{name}_{n}'))
 
-# %% ../nbs/12_surgery.ipynb #75351e3f
+# %% ../nbs/12_surgery.ipynb #730aeea5
 def _factory(new: str | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     "What makes the new units: `TypeError` unless each call gives another module."
     make = partial(make_activation, new) if isinstance(new, str) else new
@@ -244,13 +388,13 @@ def _factory(new: str | Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 def _nothing_to_swap(swap: _Swap) -> str:
     "Why, and what there is instead."
-    reasons = [f"{row['name']}: {row['note']}" for row in swap.rows]
+    reasons = [f"{_named(row['name'])}: {row['note']}" for row in swap.rows]
     if reasons: return '; '.join([f'model: no {swap.old.__name__} could be swapped', *reasons])
     there = Counter(type(module).__name__ for module in swap.model.modules() if isinstance(module, ACTIVATION_TYPES))
     found = ', '.join(f'{n} {kind}' for kind, n in there.items()) or 'no activation module at all'
     return f'model: has no {swap.old.__name__} inside, but {found}; name the class to replace as `old`'
 
-# %% ../nbs/12_surgery.ipynb #79bb8b39
+# %% ../nbs/12_surgery.ipynb #ebd8e8ed
 def swap_activations(
     model:nn.Module, # changed in place; its parameters stay the same objects
     old:type[nn.Module]=nn.ReLU, # the class of what goes; calls such as F.relu and x.relu() go with nn.ReLU
@@ -260,7 +404,8 @@ def swap_activations(
     `ValueError` if there is nothing to swap, and the model is then as it was."""
     if not (isinstance(old, type) and issubclass(old, nn.Module)):
         raise TypeError(f'old={old!r}: must be a class of modules, such as nn.ReLU')
-    _refuse_compiled(model)
+    _check_model(model, 'swap_activations(model)')
+    if isinstance(model, old): raise ValueError(f'model: is itself the {type(model).__name__}: put it in an nn.Sequential')
     swap = _Swap(model, old, _factory(new))
     try:
         with torch.random.fork_rng(devices=[]):
@@ -274,7 +419,7 @@ def swap_activations(
         raise
     return pd.DataFrame(swap.rows)
 
-# %% ../nbs/12_surgery.ipynb #7123416c
+# %% ../nbs/12_surgery.ipynb #d7a17d55
 _SCALABLE = (*LAYER_TYPES, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 def _owned(model: nn.Module, layer: nn.Module, names: tuple[str, ...]) -> bool:
@@ -291,7 +436,7 @@ def _relu_moments(name: str, preact: Tensor, layer: nn.Module | None, per_channe
     a = F.relu(preact if preact.dtype == torch.float64 else preact.float())
     mean = a.mean([dim for dim in range(a.dim()) if dim != 1]) if per_channel else a.mean()
     std = (a - (mean.view(-1, *[1] * (a.dim() - 2)) if per_channel else mean)).square().mean().sqrt().item()
-    if not math.isfinite(std): raise ValueError(f'batch: {name} sees values that are not finite')
+    if not math.isfinite(std): raise ValueError(f'batch: {_named(name)} sees values that are not finite')
     return mean, std
 
 # %% ../nbs/12_surgery.ipynb #18ac1348
@@ -314,9 +459,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 for buffer, value in zip(kept.values(), values, strict=True):
                     if buffer is not None and value is not None: buffer.copy_(value)
 
-# %% ../nbs/12_surgery.ipynb #f9fa167b
+# %% ../nbs/12_surgery.ipynb #ecafbe55
 def _run(model: nn.Module, batch: Any) -> Any:
-    "model(batch): a tensor, a tuple of arguments, or a dict of named ones. `ValueError` where it does not fit the model."
+    "model(batch): a tensor, a tuple of arguments, or a mapping of named ones. `ValueError` where it does not fit the model."
+    if isinstance(batch, Mapping): batch = dict(batch)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors: raise ValueError(f'batch={type(batch).__name__}: must be a tensor, or a tuple or dict of them')
     devices = {p.device for p in model.parameters()}
@@ -324,15 +470,17 @@ def _run(model: nn.Module, batch: Any) -> Any:
         if not tensor.numel(): raise ValueError(f'batch of shape {tuple(tensor.shape)}: must not be empty')
         if len(devices) == 1 and tensor.device not in devices:
             raise ValueError(f'batch: is on {tensor.device}, the model on {devices.pop()}: move one to the other')
-        if not tensor.isfinite().all(): raise ValueError('batch: must be finite, but has NaN or infinite values')
+        if tensor.isnan().any(): raise ValueError('batch: must be numbers, but has NaN')  # infinities are usual in masks
     try:
         if isinstance(batch, dict): return model(**batch)
         return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
     except (RuntimeError, TypeError, IndexError) as error:
-        shapes = ', '.join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise ValueError(f'batch of shape {shapes}: the model does not take it: {error}') from error
+        shapes, hint = ', '.join(str(tuple(tensor.shape)) for tensor in tensors), ''
+        if isinstance(batch, (tuple, list)):
+            hint = '; if the batch holds labels, give the inputs alone; a list that is one argument goes in a tuple, (list,)'
+        raise ValueError(f'batch of shape {shapes}: the model does not take it: {error}{hint}') from error
 
-# %% ../nbs/12_surgery.ipynb #7293155d
+# %% ../nbs/12_surgery.ipynb #95ef68ed
 class _Calibration:
     "One pass in which each unit sets its shift just before it acts, so that whatever comes later sees it calibrated."
     def __init__(self, model: nn.Module, per_channel: bool, gain: bool):
@@ -359,19 +507,31 @@ class _Calibration:
         preact, name = args[0], self.units[unit]
         layer = next((layer for output, layer in reversed(self.outputs) if output() is preact), None)
         mean, std = _relu_moments(name, preact, layer, self.per_channel)
-        row = self.rows.setdefault(unit, dict(name=name, calls=0, mean=mean.mean().item(), std=std, layer='', scale=1.0, shift=0.0, n=0))
+        new = dict(name=name, calls=0, mean=mean.mean().item(), std=std, layer='', scale=1.0, shift=0.0, note='', n=0)
+        row = self.rows.setdefault(unit, new)
         if self.gain and not row['calls']: mean = mean * _rescale(self, row, preact, layer)
         n = row['n'] + preact.numel()
         row.update(calls=row['calls'] + 1, n=n, shift=row['shift'] + (mean - row['shift']) * (preact.numel() / n))
         unit.set_shift(row['shift'])
 
-# %% ../nbs/12_surgery.ipynb #ab4a4d5f
+# %% ../nbs/12_surgery.ipynb #291b4bf9
+def _why_not_to_scale(work: _Calibration, layer: nn.Module | None) -> str:
+    "The reason why a layer must not be scaled, or ''."
+    if layer is None: return 'its input comes from no layer of its own'
+    name, parameters = work.layers[layer], list(layer.parameters(recurse=False))
+    if layer in work.kept: return f'{name} was scaled for another unit'
+    if not _owned(work.model, layer, ('weight', 'bias')): return f'{name} shares its parameters, or has them computed'
+    if not parameters: return f'{name} has no parameters'
+    return '' if all(p.requires_grad for p in parameters) else f'{name} is frozen'
+
 def _rescale(work: _Calibration, row: dict[str, Any], preact: Tensor, layer: nn.Module | None) -> float:
-    "Scales the layer, and with it this preact, so that the unit's output has a variance of 1; returns the scale."
-    if layer is None or layer in work.kept or not _owned(work.model, layer, ('weight', 'bias')): return 1.0
+    "Scales the layer, and with it this preact, so that the unit's output has a variance of 1; returns the scale. Else notes why not."
+    why = _why_not_to_scale(work, layer)
+    if layer is None or why:
+        row['note'] = f'not scaled: {why}'
+        return 1.0
     parameters = list(layer.parameters(recurse=False))
-    if not parameters: return 1.0
-    if not row['std']: raise ValueError(f"batch: {row['name']} puts out a constant, which no scale brings to a variance of 1")
+    if not row['std']: raise ValueError(f"batch: {_named(row['name'])} puts out a constant, which no scale brings to a variance of 1")
     work.kept[layer] = [(p, p.clone()) for p in parameters]
     scale = 1 / row['std']
     if abs(scale - 1) < max(1e-4, torch.finfo(parameters[0].dtype).eps): scale = 1.0  # as good as rounding allows: leave it
@@ -380,17 +540,17 @@ def _rescale(work: _Calibration, row: dict[str, Any], preact: Tensor, layer: nn.
     row.update(layer=work.layers[layer], scale=scale)
     return scale
 
-# %% ../nbs/12_surgery.ipynb #11532cc3
+# %% ../nbs/12_surgery.ipynb #a93023a2
 def calibrate(
     model:nn.Module, # its `WIBReLU` units are set in place
-    batch:Any, # inputs as the model takes them: a tensor, a tuple of arguments, or a dict of named ones
+    batch:Any, # inputs as the model takes them: a tensor, a tuple of arguments, or a mapping of named ones
     per_channel:bool=False, # a shift for each channel (dimension 1) in place of one number
     gain:bool=False, # first scale the layer before each unit so that the unit's output has variance 1
 ) -> pd.DataFrame:
     """Eq. 7 on data: sets each unit's shift to the mean of its ReLU's output, in one forward pass, each unit after its predecessors.
-    Returns name, calls, mean and std (population) as found, layer, scale, shift. `ValueError` if model or batch do not fit; the model
-    is then as it was."""
-    _refuse_compiled(model)
+    Returns name, calls, mean and std (population) as found, layer, scale, shift, note (why a layer was not scaled). `ValueError` if
+    model or batch do not fit; the model is then as it was."""
+    _check_model(model, 'calibrate(model, batch)')
     work = _Calibration(model, per_channel, gain)
     if not work.units: raise ValueError('model: has no WIBReLU to calibrate; swap_activations puts them in')
     handles = work.hook()
@@ -402,18 +562,22 @@ def calibrate(
         raise
     finally:
         for handle in handles: handle.remove()
-    idle = [dict(name=name, calls=0, scale=1.0, layer='', shift=unit.shift) for unit, name in work.units.items() if unit not in work.rows]
+    idle = [dict(name=name, calls=0, layer='', scale=1.0, shift=unit.shift, note='was not called')
+            for unit, name in work.units.items() if unit not in work.rows]
     rows = [dict(row, shift=torch.as_tensor(row['shift']).mean().item()) for row in (*work.rows.values(), *idle)]
     return pd.DataFrame(rows).drop(columns='n')
 
-# %% ../nbs/12_surgery.ipynb #60c6f833
+# %% ../nbs/12_surgery.ipynb #341799a3
 def diagnose(
     model:nn.Module, # any; left as it was
-    batch:Any, # inputs as the model takes them: a tensor, a tuple of arguments, or a dict of named ones
+    batch:Any, # inputs as the model takes them: a tensor, a tuple of arguments, or a mapping of named ones
 ) -> pd.DataFrame:
     """What each activation module, and the last layer, puts out on a batch, in the order of their calls: layer, type, mean, std
     (population), second_moment, and as shares near_zero (|a| < 0.5) and inactive (preact <= 0: no gradient). `ValueError` if the batch
-    does not fit the model."""
+    does not fit the model; a warning if it has no activation module."""
+    _check_model(model, 'diagnose(model, batch)')
+    if not any(isinstance(module, ACTIVATION_TYPES) for module in model.modules()):
+        warnings.warn('diagnose: the model has no activation module; calls of F.relu show once they are swapped', stacklevel=2)
     order: dict[str, str] = {}
     recorder = ActivationRecorder(model, when='always', near_zero=('near_zero_0.5',))
     def note(name: str, module: nn.Module, *_: Any) -> None: order.setdefault(name, type(module).__name__)
@@ -426,20 +590,22 @@ def diagnose(
     frame = frame.assign(type=list(order.values()), second_moment=frame['mean']**2 + frame['std']**2, near_zero=frame['near_zero_0.5'])
     return frame[['layer', 'type', 'mean', 'std', 'second_moment', 'near_zero', 'inactive']]
 
-# %% ../nbs/12_surgery.ipynb #d87b264e
+# %% ../nbs/12_surgery.ipynb #5e161343
 def plot_diagnosis(
     frames:dict[str, pd.DataFrame], # by label: frames of `diagnose`
     stat:str='mean', # mean, std, second_moment, near_zero or inactive
     ax:Axes | None=None, # axes to draw on; new ones if None
 ) -> Axes:
-    "A statistic of each layer's output, a line for each diagnosis; a label that is the name of an activation has its colour."
+    "A statistic of each activation's output, a line for each diagnosis; a label that is the name of an activation has its colour."
     one_of(stat, ('mean', 'std', 'second_moment', 'near_zero', 'inactive'), 'stat')
     unit = ' (share)' if stat in ('near_zero', 'inactive') else ''
-    ax = new_axes(ax, xlabel='layer, in the order of calls', ylabel=stat.replace('_', ' ') + unit)
+    ax = new_axes(ax, xlabel='activation, in the order of calls', ylabel=stat.replace('_', ' ') + unit)
+    if unit: ax.set_ylim(0, 1)
     others = iter(('#333333', '#CC79A7', '#009E73', '#8C7A00') * len(frames))
     for (name, frame), style in zip(frames.items(), 'osD^vPX' * len(frames), strict=False):
         look: dict[str, Any] = dict(color=colour(name), label=label(name)) if name in LABELS else dict(color=next(others), label=name)
-        ax.plot(range(1, len(frame) + 1), frame[stat], f'{style}-', markersize=4, **look)
+        values = frame.loc[frame['inactive'].notna(), stat]  # a layer that is no activation has no preact
+        ax.plot(range(1, len(values) + 1), values, f'{style}-', markersize=4, **look)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -499,7 +665,7 @@ def _layer_before(node: Any, reader: fx.Node, modules: dict[str, nn.Module]) -> 
         raise ValueError('; '.join(reasons) or 'its input is a sum with itself')
     raise ValueError(f'its input comes from {node}, which is no linear, convolutional or batch norm layer')
 
-# %% ../nbs/12_surgery.ipynb #5800e21e
+# %% ../nbs/12_surgery.ipynb #ddc71f4d
 def _layer_to_fold(model: nn.Module, calls: dict[str, list[fx.Node]], name: str, checked: bool) -> str:
     "The name of the layer that can take the unit's shift into its bias. `ValueError` that says why there is none."
     modules: dict[str, Any] = dict(model.named_modules())
@@ -510,7 +676,10 @@ def _layer_to_fold(model: nn.Module, calls: dict[str, list[fx.Node]], name: str,
     if len(calls[target]) != 1: raise ValueError(f'{target} is called {len(calls[target])} times')
     if not _owned(model, layer, ('bias',)) or (isinstance(layer, _BatchNorm) and not layer.affine):
         raise ValueError(f'{target} has no bias of its own')
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (layer, unit)): raise ValueError(f'{target} or the unit carries hooks')
+    if any(map(_has_hooks, (layer, unit))): raise ValueError(f'{target} or the unit carries hooks')
+    width = next(getattr(layer, each) for each in ('out_channels', 'out_features', 'num_features') if hasattr(layer, each))
+    if unit.shift.dim() and len(unit.shift) != width:
+        raise ValueError(f"{target} has {width} channel{'s' * (width != 1)}, the shift {len(unit.shift)}")
     if isinstance(layer, nn.Linear) and unit.shift.dim() and not checked:
         raise ValueError(f'{target} may put out more than two dimensions; give a batch to check')
     return target
@@ -539,7 +708,7 @@ def _same(before: Any, after: Any) -> bool:
     pairs = [(b, a) for b, a in both if isinstance(b, Tensor) and b.is_floating_point()]
     return all((b - a).abs().max() <= math.sqrt(torch.finfo(b.dtype).eps) * b.abs().max() for b, a in pairs)
 
-# %% ../nbs/12_surgery.ipynb #05bec8eb
+# %% ../nbs/12_surgery.ipynb #6cd7ef7b
 def fold_shift(
     model:nn.Module, # changed in place; its function stays the same
     batch:Any=None, # inputs on which to check that it does, as the model takes them
@@ -547,25 +716,25 @@ def fold_shift(
     """Removes the subtraction where that is exact: relu(z) - s = max(z - s, -s), so that the bias before takes s and a clamp is left.
     Returns name, layer, folded, note for each unit. `ValueError` if none can be folded, or if outputs differ; the model is then as it
     was."""
-    _refuse_compiled(model)
+    _check_model(model, 'fold_shift(model, batch)')
     units = [name for name, module in model.named_modules() if isinstance(module, WIBReLU)]
     if not units: raise ValueError('model: has no WIBReLU to fold')
     calls, rows, undo = _calls(model), [], list[Callable[[], None]]()
     def output() -> Any:
         with _undisturbed(model): return None if batch is None else _run(model.eval(), batch)
     before = output()
-    for name in units:
-        try: target = _layer_to_fold(model, calls, name, batch is not None)
-        except ValueError as error: rows.append(dict(name=name, layer='', folded=False, note=str(error)))
-        else:
-            undo.append(_fold(model, target, name))
-            rows.append(dict(name=name, layer=target, folded=True, note=''))
-    reasons = [f"{row['name']}: {row['note']}" for row in rows]
-    if not undo: raise ValueError('; '.join(['model: no shift can be folded exactly', *reasons]))
     try:
+        for name in units:
+            try: target = _layer_to_fold(model, calls, name, batch is not None)
+            except ValueError as error: rows.append(dict(name=name, layer='', folded=False, note=str(error)))
+            else:
+                undo.append(_fold(model, target, name))
+                rows.append(dict(name=name, layer=target, folded=True, note=''))
+        reasons = [f"{_named(row['name'])}: {row['note']}" for row in rows]
+        if not undo: raise ValueError('; '.join(['model: no shift can be folded exactly', *reasons]))
         if not _same(before, output()): raise ValueError('batch: the folded model puts out something else, so it was left unfolded')
     except BaseException:
-        for take_back in undo: take_back()
+        for take_back in reversed(undo): take_back()
         raise
     return pd.DataFrame(rows)
 
@@ -646,7 +815,7 @@ def measure_signal(
     gradient = frame['gradient_std'] / frame['gradient_std'].iloc[-1]
     return frame[['mean', 'std']].assign(layer=frame.index + 1, similarity=cosines, gradient=gradient)
 
-# %% ../nbs/12_surgery.ipynb #0a40747d
+# %% ../nbs/12_surgery.ipynb #2735ea87
 def plot_signal(
     measured:dict[str, pd.DataFrame], # by activation name: frames of `measure_signal`, several networks one after the other
     theory:dict[str, pd.DataFrame], # by activation name: frames of `predict_signal`
@@ -662,7 +831,8 @@ def plot_signal(
         centre, spread = layers.mean(), layers.std()
         plot_band(centre.index, centre, centre - spread, centre + spread, ax=ax, colour=colour(name), label=label(name))
         ax.plot(theory[name]['layer'], theory[name][stat], **THEORY)
-    if stat == 'gradient': ax.set_yscale('log')
+    if stat in ('std', 'gradient'): ax.set_yscale('log', base=2 if stat == 'std' else 10)
+    if stat == 'std': ax.yaxis.set_major_formatter('{x:g}')
     return ax
 
 # %% ../nbs/12_surgery.ipynb #10e6f2f2
