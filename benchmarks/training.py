@@ -174,10 +174,11 @@ RIVALS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def alone(name: str, options: Options) -> None:
-    "Runs one rival in this process and prints what it took; loading the data is not counted, importing a package is not either."
+    "Runs one rival in this process and prints what it took; loading the data is not counted, importing is not either."
     torch.set_num_threads(options.threads)
     package, run = RIVALS[name]
     importlib.import_module(package)
+    torch.optim.Adam(nn.Linear(1, 1).parameters())  # a process's first optimiser imports 1.5 s of torch, as `import fastai` has already
     load('fashion_mnist', options.root)
     clock = time.perf_counter()
     run(options.root)
