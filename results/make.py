@@ -44,6 +44,7 @@ def readme(results: sweep.Results) -> str:
     made_on = runs.groupby(['processor', 'ran_on', 'threads', 'system', 'python', 'torch', 'numpy', 'commit']).size().to_frame('runs')
     hours = runs['seconds'].sum() / 3600
     criteria = git('log', '--diff-filter=A', '--format=%h of %ci', '--', 'nbs/11_claims.ipynb').splitlines()[-1]
+    for commit in set(runs['commit']): git('merge-base', '--is-ancestor', criteria.split()[0], commit)  # else an error: the text says so
     files = '\n'.join(f'| `{name}` | {(HERE / name).stat().st_size / 1e6:.2f} MB | `{digest(HERE / name)}` |' for name in FILES)
     return f'''<!-- Written by results/make.py (make results): do not edit. -->
 # The full reproduction

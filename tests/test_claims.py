@@ -253,7 +253,7 @@ def test_summary_and_table_say_every_verdict(in_paper_world):
     summary, table = c.summary(verdicts), c.as_markdown(verdicts)
     for name, verdict in zip(verdicts['id'], verdicts['verdict'], strict=True):
         assert name in summary and any(f'`{name}`' in line and verdict in line for line in table.splitlines())
-    assert 'wait for runs' not in summary and table.count('\n') == len(verdicts) + 1
+    assert 'runs that these results do not hold' not in summary and table.count('\n') == len(verdicts) + 1
     assert f'Of {len(verdicts)} claims: ' in summary
 
 
@@ -276,6 +276,13 @@ def test_the_epoch_can_be_the_best(paper_world):
     verdict = {at: c.judge(spoilt, at=at, claims=some(['loss'])).loc[0, 'verdict'] for at in ('last', 'best')}
     assert verdict == {'last': 'does not hold', 'best': 'holds'}
     with pytest.raises(ValueError, match="at='first'"): c.judge(spoilt, at='first')
+
+
+def test_what_is_told_for_comparison_only_is_not_needed(paper_world):
+    without = only(paper_world, lambda runs: runs['arm'] != 'relu_pytorch')
+    row = c.judge(without, claims=some(['fig11_swings'])).iloc[0]
+    assert row['verdict'] == 'holds' and 'default' not in row['why']
+    assert 'default' in c.judge(paper_world, claims=some(['fig11_swings'])).loc[0, 'why']
 
 
 def test_the_mark():

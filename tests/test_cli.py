@@ -80,7 +80,13 @@ def test_train_as_the_issue_has_it_on_the_sample(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_data_is_one_line_that_says_what_to_do(tmp_path):
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setenv('no_proxy', '')
+    for variable in ('http_proxy', 'https_proxy'): monkeypatch.setenv(variable, 'http://127.0.0.1:9')  # nobody listens there
+
+
+def test_missing_data_is_one_line_that_says_what_to_do(tmp_path, no_network):
     (tmp_path / 'empty').mkdir()
     end = run('train', '--root', tmp_path / 'empty', '--epochs', 1, '--dataset', 'cifar10')
     assert end.returncode == 1 and 'Traceback' not in end.stderr
@@ -192,6 +198,6 @@ def test_a_reader_that_has_enough_is_no_error():
     assert end.returncode == 0 and len(end.stdout) == 20 and end.stderr == ''
 
 
-def test_the_paper_preset_without_data_fails_once(tmp_path):
+def test_the_paper_preset_without_data_fails_once(tmp_path, no_network):
     end = run('reproduce', '--preset', 'paper', '--root', tmp_path, '--out', tmp_path / 'runs')
     assert end.returncode == 1 and 'Traceback' not in end.stderr and not list((tmp_path / 'runs').glob('**/*.error.txt'))

@@ -94,10 +94,11 @@ def _value(text: str) -> Any:
     try: return json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text))
     except json.JSONDecodeError: return text
 
-# %% ../nbs/14_cli.ipynb #7260b97e
+# %% ../nbs/14_cli.ipynb #0c80aa39
 def _check_jobs(jobs: int) -> None:
     if jobs != -1: check_number(jobs, 'jobs', low=1, integer=True)
 
+# %% ../nbs/14_cli.ipynb #ff5ba113
 @dataclass
 class Sweep:
     """Run every combination of some options, each once, into a store that goes on where it was stopped.
