@@ -3,17 +3,18 @@
     python benchmarks/activations.py --rounds 40 --out activations.json
 
 `by itself` is one activation, forward and backward, on the largest and the smallest tensor of the plain CNN at batch 256, and on a larger
-one. `in the plain CNN` is a whole training step: forward, loss, backward, Adam. The ratio is of medians over rounds; in each round every
-rival runs once, in an order that changes, so that a slow moment of the machine meets them all. `nn.ReLU, again` is nn.ReLU a second
-time: what its ratio is off 1 by is noise. Compiled times are taken wherever torch.compile works.
+one. `in the plain CNN` is a whole training step: forward, loss, backward, Adam. In each round every rival runs once, in an order that
+changes, and is compared with nn.ReLU in the same round, so that a slow moment of the machine meets both; the ratio is the median over
+rounds, and `low` to `high` its 95 % bootstrap interval. `nn.ReLU, again` is nn.ReLU a second time: what its ratio is off 1 by is noise.
+Compiled times are taken wherever torch.compile works.
 """
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -99,19 +100,20 @@ def race(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[fl
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    rows = []
+    rows, draw = [], np.random.default_rng(0)
     for compiled in (False, True) if not options.eager_only and can_compile() else (False,):
         places = {f'by itself, {shape}': {name: alone(kind, shape, compiled) for name, kind in RIVALS.items()}
                   for shape in ((256, 8, 14, 14), (256, 64, 2, 2), (32, 64, 28, 28))}
         places['in the plain CNN, a step'] = {name: in_network(kind, compiled) for name, kind in RIVALS.items()}
         for place, steps in places.items():
             seconds = race(steps, options.rounds)
-            base = statistics.median(seconds['nn.ReLU'])
             calls = 10 if place.startswith('by itself') else 1
             mode = 'compiled' if compiled else 'eager'
             for name, times in seconds.items():
-                middle = statistics.median(times)
-                rows.append(dict(mode=mode, place=place, rival=name, microseconds=middle / calls * 1e6, ratio=middle / base))
+                ratios = np.array(times) / seconds['nn.ReLU']
+                low, high = np.quantile(np.median(draw.choice(ratios, (2000, len(ratios))), axis=1), [0.025, 0.975])
+                rows.append(dict(mode=mode, place=place, rival=name, microseconds=np.median(times) / calls * 1e6,
+                                 ratio=np.median(ratios), low=low, high=high))
     table = pd.DataFrame(rows)
     memory = {name: saved_bytes(kind) for name, kind in RIVALS.items()}
     print(table.to_string(index=False, float_format='{:.3f}'.format))

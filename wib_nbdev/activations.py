@@ -27,14 +27,16 @@ from .variance import plot_trials, simulate_layer
 # %% ../nbs/04_activations.ipynb #e5f16a3d
 EQ7_SHIFT = relu_moments(math.sqrt(2)).mean  # Eq. 7 under Kaiming initialisation: 1/sqrt(pi), about 0.564
 
-# %% ../nbs/04_activations.ipynb #1ce3219d
+# %% ../nbs/04_activations.ipynb #250800de
 class _ShiftedReLU(torch.autograd.Function):
     "relu(x) - shift that keeps only its output for the backward pass: the tensor that the next layer keeps anyway."
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: float | Tensor) -> Tensor:
         output = x.clamp_min(0).sub_(shift)
-        ctx.shift = None if isinstance(shift, Tensor) else shift
-        ctx.save_for_backward(output, *([shift] if isinstance(shift, Tensor) else []))
+        if isinstance(shift, Tensor): ctx.save_for_backward(output, shift)
+        else:
+            ctx.save_for_backward(output)
+            ctx.lowest = -shift
         return output
 
     @staticmethod
@@ -42,8 +44,8 @@ class _ShiftedReLU(torch.autograd.Function):
         output, *shift = ctx.saved_tensors
         if shift: return gradient * (output > -shift[0]), None
         # In half precision the output is rounded, and so must the shift be: a comparison rounds it, the fused kernel does not.
-        if output.dtype in (torch.float16, torch.bfloat16): return gradient.masked_fill(output <= -ctx.shift, 0), None
-        return torch.ops.aten.threshold_backward(gradient, output, -ctx.shift), None
+        if output.dtype in (torch.float16, torch.bfloat16): return gradient.masked_fill(output <= ctx.lowest, 0), None
+        return torch.ops.aten.threshold_backward.default(gradient, output, ctx.lowest), None
 
 # %% ../nbs/04_activations.ipynb #ae6a9b34
 def _check_floating(x: Tensor) -> None:
