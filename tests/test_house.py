@@ -46,6 +46,14 @@ def test_stem_is_module(notebook):
     assert (ROOT / 'wib_nbdev' / f'{exports[0]}.py').exists()
 
 
+@pytest.mark.parametrize('notebook', sorted(ROOT.glob('nbs/*.ipynb')), ids=lambda path: path.stem)
+def test_what_the_site_leaves_out_is_folded_in_jupyterlab(notebook):
+    "Solutions, edge cases and the installation in Colab: there for whoever opens them. To fold a cell: View > Collapse Selected Code."
+    for cell in nbformat.read(notebook, 4).cells:
+        hidden = cell.cell_type == 'code' and cell.source.startswith('#| hide')
+        assert cell.metadata == ({'jupyter': {'source_hidden': True}} if hidden else {}), cell.source[:200]
+
+
 def test_every_module_has_its_notebook():
     modules = {path.stem for path in ROOT.glob('wib_nbdev/*.py')} - {'__init__', '_modidx'}
     assert modules == set(ORDER)
