@@ -3,7 +3,7 @@
     python benchmarks/surgery.py                     # a table
     python benchmarks/surgery.py --out surgery.json  # and the numbers as JSON
 
-`calibrate` is one forward pass with measurements in it; `a pass a layer` does the same by hand, one pass for each unit; lsuv sets
+`calibrate` is one forward pass with measurements, with `gain` two; `a pass a layer` does it by hand, one pass for each unit; lsuv sets
 variances alone, with one pass or more for each layer. Inference: the network with ReLU, with WIB-ReLU, and folded, taking turns.
 Medians over the rounds; `x pass` is in units of one forward pass of the ReLU network.
 """

@@ -6,6 +6,7 @@
 import argparse
 import hashlib
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,18 @@ def markdown(frame: pd.DataFrame) -> str:
     return '\n'.join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
+def criteria_commit(commits: set[str]) -> str:
+    """When the criteria were first committed, 'ID of DATE'; every run must have been made after, from a commit that is known here.
+    `ValueError` for one that was not, since the text of README.md says so."""
+    criteria = git('log', '--diff-filter=A', '--format=%h of %ci', '--', 'nbs/11_claims.ipynb').splitlines()[-1]
+    for commit in commits:
+        try: git('merge-base', '--is-ancestor', criteria.split()[0], commit or 'none')
+        except subprocess.CalledProcessError as error:
+            raise ValueError(f'runs were made by commit={commit!r}, no descendant of {criteria} (a + is an edited checkout, nothing an '
+                             'installed library): make them again from a commit, then merge') from error
+    return criteria
+
+
 def digest(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -43,8 +56,7 @@ def readme(results: sweep.Results) -> str:
     per_arm = per_arm[[arm for arm in sweep.ARMS if arm in per_arm]]
     made_on = runs.groupby(['processor', 'ran_on', 'threads', 'system', 'python', 'torch', 'numpy', 'commit']).size().to_frame('runs')
     hours = runs['seconds'].sum() / 3600
-    criteria = git('log', '--diff-filter=A', '--format=%h of %ci', '--', 'nbs/11_claims.ipynb').splitlines()[-1]
-    for commit in set(runs['commit']): git('merge-base', '--is-ancestor', criteria.split()[0], commit)  # else an error: the text says so
+    criteria = criteria_commit(set(runs['commit']))
     files = '\n'.join(f'| `{name}` | {(HERE / name).stat().st_size / 1e6:.2f} MB | `{digest(HERE / name)}` |' for name in FILES)
     return f'''<!-- Written by results/make.py (make results): do not edit. -->
 # The full reproduction
@@ -97,8 +109,13 @@ def main() -> None:
     parser.add_argument('--jobs', type=int, default=-1, help='worker processes (default: one a core)')
     parser.add_argument('--merge', action='store_true', help='run nothing')
     options = parser.parse_args()
-    if (HERE / 'runs.csv').exists(): print(f'{sweep.restore_runs(HERE, options.store)} committed runs put into {options.store}')
+    try:
+        if (HERE / 'runs.csv').exists(): print(f'{sweep.restore_runs(HERE, options.store)} committed runs put into {options.store}')
+    except sweep.SweepError as error: sys.exit(f'{error} (delete {HERE}/runs.csv and name another --store)')
+    if not options.merge and sweep._commit().endswith('+'): sys.exit('wib_nbdev/ was edited: commit first, for runs name what made them')
     results = sweep.load_results(options.store) if options.merge else run_full_plan(options.store, n_jobs=options.jobs, root=options.root)
+    try: criteria_commit(set(results.runs['commit']))  # before anything is overwritten
+    except ValueError as error: sys.exit(str(error))
     sweep.write_results(results, HERE)
     sweep.write_results(results._replace(layers=pd.DataFrame()), SHIPPED)
     verdicts = judge(sweep.load_results(HERE))

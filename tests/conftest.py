@@ -7,10 +7,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault('MPLBACKEND', 'agg')
+hypothesis.settings.register_profile('house', deadline=None)  # no test measures time
+hypothesis.settings.load_profile('house')
 
 
 def pytest_addoption(parser):

@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from wib_nbdev.mean_shift import gaussian_moments
 
 numbers = st.floats(-1e3, 1e3, width=32)
 tensors = st.lists(numbers, min_size=1, max_size=50).map(torch.tensor)
-some = settings(deadline=None, max_examples=50)
+some = settings(max_examples=50)
 UNITS = {'number': lambda: WIBReLU(0.3), 'per channel': lambda: WIBReLU(torch.tensor([0.1, 0.2, 0.3]))}
 
 
@@ -185,6 +186,46 @@ def test_moves_with_the_module():
     assert number.dtype == torch.float64 and number.shape == () and number == 0.25
 
 
+def saved_state() -> dict[str, torch.Tensor]: return nn.Sequential(nn.Linear(3, 3), UNITS['per channel']()).state_dict()
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_a_loaded_shift_goes_where_its_module_is(unit):
+    model = nn.Sequential(nn.Linear(3, 3), unit())
+    model.double().load_state_dict(saved_state())
+    assert model[1].shift.dtype == torch.float64 and torch.equal(model[1].shift, saved_state()['1.shift'].double())
+    model = nn.Sequential(nn.Linear(3, 3), unit()).double().to('meta').float()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # PyTorch's: copying onto the meta device does nothing
+        model.load_state_dict(saved_state())
+    assert (model[1].shift.device, model[1].shift.dtype) == (model[0].weight.device, torch.float32) == (torch.device('meta'), torch.float32)
+
+
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_an_assigned_state_leaves_the_meta_device(unit):
+    "As models that are built without memory get their weights; then they move, and load another state."
+    model = nn.Sequential(nn.Linear(3, 3), unit()).to('meta')
+    model.load_state_dict(saved_state(), assign=True)
+    assert torch.equal(model[1].shift, saved_state()['1.shift'])
+    model[1].set_shift(0.3)
+    model.load_state_dict(saved_state())
+    assert torch.equal(model.double().cpu()[1].shift, saved_state()['1.shift'].double())
+
+
+def test_a_number_leaves_the_meta_device():
+    unit = WIBReLU(0.3).to('meta').cpu()
+    unit.load_state_dict({'shift': LENT['per channel']})
+    assert torch.equal(unit.shift, LENT['per channel'])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
+def test_a_shift_from_a_file_goes_to_the_gpu(unit):
+    model = nn.Sequential(nn.Linear(3, 3), unit()).cuda()
+    model.load_state_dict(saved_state())
+    assert model[1].shift.is_cuda and {buffer.device.type for buffer in model.buffers()} == {'cuda'}
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize('unit', UNITS.values(), ids=UNITS)
 def test_on_a_gpu_without_a_sync(unit):
@@ -237,7 +278,7 @@ def test_code_reading_depends_on_the_batch_even_in_evaluation():
 
 
 @given(st.sampled_from([F.relu, F.elu, F.gelu, torch.tanh, F.silu]), st.floats(0.2, 4))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_zero_mean_is_zero_mean(fn, preact_std):
     moments = gaussian_moments(ZeroMean(fn, preact_std, unit_variance=True), preact_std)
     assert moments.mean == pytest.approx(0, abs=1e-7) and moments.var == pytest.approx(1, abs=1e-6)
@@ -261,10 +302,13 @@ def test_errors_name_what_is_wrong(call, kind, message):
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('shift', [0.3, 0.4, EQ7_SHIFT, 0.6833])
-def test_silent_units_get_no_gradient_in_any_precision(dtype, shift):
+@pytest.mark.parametrize('shift', [0.3, 0.4, EQ7_SHIFT, 0.6833, 0.7])
+@pytest.mark.parametrize('form', [None, torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('shape', [(), (1,), (4,)], ids=str)
+def test_silent_units_get_no_gradient_in_any_precision(dtype, shift, form, shape):
+    "For a number and for a tensor, which may be more precise than the output is."
     z = torch.tensor([-1.0, -0.5, 0.0, 1.0], dtype=dtype, requires_grad=True)
-    wib_relu(z, shift).sum().backward()
+    wib_relu(z, shift if form is None else torch.full(shape, shift, dtype=form)).sum().backward()
     assert z.grad.tolist() == [0, 0, 0, 1]
 
 

@@ -224,11 +224,46 @@ def test_a_wide_interval_is_no_proof(null_world):
     assert verdict['low'].iloc[0] < -0.2 and verdict['verdict'].iloc[0] == 'does not hold'
 
 
-def test_diverged_runs_at_a_rate_count_as_chance(paper_world):
-    runs = paper_world.runs.copy()
+@pytest.mark.parametrize('early', [False, True])
+def test_diverged_runs_at_a_rate_count_as_chance(paper_world, early):
+    runs, epochs = paper_world.runs.copy(), paper_world.epochs
     runs.loc[runs['lr'] == 0.4, 'status'] = 'diverged'
-    row = c.judge(paper_world._replace(runs=runs), claims=some(['rate'])).iloc[0]
+    gone = epochs['key'].isin(runs.loc[runs['lr'] == 0.4, 'key'])
+    if early: epochs = epochs[~gone | (epochs['epoch'] == 1) & (epochs['split'] == 'train')]
+    row = c.judge(paper_world._replace(runs=runs, epochs=epochs), claims=some(['rate'])).iloc[0]
     assert row['value'] == pytest.approx(0.1) and row['verdict'] == 'does not hold' and row['n_runs'] == 2
+
+
+def test_one_reading_must_meet_the_whole_criterion(paper_world):
+    "Fig. 9: standard deviations of one in one reading of the gain and means of a half in the other are not both in either."
+    layers = paper_world.layers.merge(paper_world.runs[['key', 'arm']], on='key')
+    start = layers['iteration'] == 0
+    layers.loc[start & (layers['arm'] == 'relu_sqrt3'), 'mean'] = 3.0
+    layers.loc[start & (layers['arm'] == 'relu_gain_sqrt3'), 'std'] = 9.0
+    row = c.judge(paper_world._replace(layers=layers.drop(columns='arm')), claims=some(['fig9_start'])).iloc[0]
+    assert row['verdict'] == 'holds in part', row['why']
+
+
+def test_the_default_is_judged_at_the_epoch_asked_for(paper_world):
+    "Kaiming's runs spoilt in their last epoch: then the default is better there, and worse at the best."
+    spoilt = paper_world.runs.query("arm == 'relu'")['key']
+    epochs = paper_world.epochs.copy()
+    epochs.loc[epochs['key'].isin(spoilt) & (epochs['epoch'] == 20), 'accuracy'] = 0.1
+    last, best = (c.judge(paper_world._replace(epochs=epochs), claims=some(['default']), at=at).iloc[0] for at in ('last', 'best'))
+    assert (last['verdict'], best['verdict']) == ('does not hold', 'holds') and last['value'] < 0 < best['value']
+
+
+def test_a_single_run_of_a_rival_does_not_stand_in_the_way(paper_world):
+    runs = paper_world.runs
+    gone = (runs['arm'] == 'elu') & (runs['dataset'] == 'fashion_mnist') & (runs['seed'] > 0)
+    row = c.judge(paper_world._replace(runs=runs[~gone]), claims=some(['fig12_values'])).iloc[0]
+    assert row['verdict'] == 'holds'
+
+
+def test_the_same_runs_twice_are_not_more_evidence(paper_world):
+    again = paper_world.runs.assign(device='cpu', key='again-' + paper_world.runs['key'])
+    twice = paper_world._replace(runs=pd.concat([paper_world.runs, again]))
+    with pytest.raises(ValueError, match='differ in device'): c.judge(twice, claims=some(['smooth']))
 
 
 # Small things

@@ -101,7 +101,7 @@ def test_sign_flip_p_by_hand():
     assert c.sign_flip_p(x) == pytest.approx(np.mean(np.abs(x @ signs) >= abs(x.sum())))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(samples)
 def test_sign_flip_p_knows_no_side(x):
     p = c.sign_flip_p(x)
@@ -244,6 +244,14 @@ def test_mixed_set_ups_are_refused(results):
     pd.testing.assert_frame_equal(one, other)
 
 
+@pytest.mark.parametrize('call', [c.paired_differences, c.final_table, c.learning_curves, c.speed_differences])
+def test_runs_that_differ_in_one_field_do_not_count_as_more_seeds(results, call):
+    again = with_arms(results_of(arm_grid(PAPER, device='cpu'), noisy))
+    twice = Results(*(pd.concat(frames) for frames in zip(results, again, strict=True)))
+    with pytest.raises(ValueError, match=r"differ in device: select one set-up, such as select\(results, device='auto'\)"): call(twice)
+    assert len(call(c.select(twice, device='auto'))) == len(call(results))
+
+
 @pytest.mark.parametrize('call, message', [
     (lambda r: c.paired_differences(r, 'gelu'), "arm='gelu': has no runs"),
     (lambda r: c.select(r, learning_rate=1), "field='learning_rate'"),
@@ -321,11 +329,14 @@ def test_the_test_images_choose_nothing():
     assert c.at_best_rates(c.select(results, valid='test')).runs.empty
 
 
-def test_a_rate_at_which_a_run_diverged_is_not_chosen():
+@pytest.mark.parametrize('early', [False, True])
+def test_a_rate_at_which_a_run_diverged_is_not_chosen(early):
     results = rates_results({'relu': 0.002})
     runs = results.runs.copy()
     runs.loc[(runs['lr'] == 0.002) & (runs['seed'] == 1), 'status'] = 'diverged'
-    changed = results._replace(runs=runs)
+    gone = results.epochs['key'].isin(runs.loc[runs['status'] == 'diverged', 'key'])
+    never_validated = results.epochs[~gone | ((results.epochs['epoch'] == 1) & (results.epochs['split'] == 'train'))]  # at its first step
+    changed = results._replace(runs=runs, epochs=never_validated if early else results.epochs)
     assert set(c.rate_table(c.select(changed, valid='holdout')).query('lr == 0.002')['diverged']) == {1}
     assert len(c.best_rates(changed)) == 2 and 0.002 not in set(c.best_rates(changed)['lr'])
 

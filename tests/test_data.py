@@ -136,7 +136,7 @@ def mutate(content, how, rng):
 HOWS = ('empty', 'cut', 'longer', 'bit', 'zeros', 'noise', 'lost block', 'swapped bytes')
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(KINDS), how=st.sampled_from(HOWS), index=st.integers(0, 5), seed=st.integers(0, 2**32))
 def test_no_damaged_file_gets_through(whole, tmp_path, kind, how, index, seed):
     root, layout, arrays = whole[kind]
@@ -269,6 +269,15 @@ def test_the_sample_can_be_drawn_again(name, tmp_path):
     path = data.save_sample(again, tmp_path)
     assert os.listdir(tmp_path) == [path.name]
     with np.load(path, allow_pickle=False) as stored: assert_same(shipped, {part: stored[part] for part in PARTS})
+
+
+@pytest.mark.parametrize(('counts', 'message'), [
+    (dict(n_train=500), 'n_train=500: must be at most 100'), (dict(n_test=51), 'n_test=51: must be at most 50'),
+])
+def test_a_sample_has_what_it_says_it_has(counts, message):
+    sample = data.load('cifar10', sample=True)
+    with pytest.raises(ValueError, match=message): data.make_sample(sample, **counts)
+    assert data.make_sample(sample, 100, 50).y_train.bincount().tolist() == [100] * 10
 
 
 # Missing files and the download
@@ -408,7 +417,7 @@ uint8_images = st.integers(1, 3).flatmap(lambda channels: st.tuples(
     st.just(channels), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32 - 1)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(uint8_images)
 def test_channel_stats_are_numpys(shape):
     channels, n, height, width, seed = shape
@@ -418,7 +427,7 @@ def test_channel_stats_are_numpys(shape):
     np.testing.assert_allclose(std, (x / 255).std((0, 2, 3)), rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(uint8_images, st.sampled_from([torch.preserve_format, torch.contiguous_format, torch.channels_last]))
 def test_standardise_is_float64s_answer(shape, memory_format):
     channels, n, height, width, seed = shape
@@ -456,6 +465,12 @@ def test_everything_stays_on_the_gpu():
     assert held.x_train.is_cuda and torch.equal(held.x_test.cpu(), data.holdout(sample).x_test)
 
 
+@pytest.mark.cuda
+def test_a_sample_is_saved_from_the_gpu(tmp_path):
+    sample = data.make_sample(data.load('cifar10', sample=True).to('cuda'), 5, 5)
+    with np.load(data.save_sample(sample, tmp_path), allow_pickle=False) as stored: assert_same(sample.to('cpu'), stored)
+
+
 def test_standardise_allocates_its_result_and_little_else():
     sample = data.load('cifar10', sample=True)
     statistics = data.channel_stats(sample.x_train)
@@ -465,7 +480,7 @@ def test_standardise_allocates_its_result_and_little_else():
     assert allocated < z.nbytes + 10_000
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0.02, 0.5), st.integers(0, 1000), st.sampled_from(data.DATASETS))
 def test_holdout_parts_the_training_set(fraction, seed, name):
     sample = data.load(name, sample=True)

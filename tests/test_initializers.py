@@ -3,6 +3,7 @@ import copy
 import math
 import re
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import skip_init
 
-from wib_nbdev.initializers import SCHEMES, fans, init_weights, scheme_std
+from wib_nbdev.initializers import SCHEMES, fans, init_weights, scheme_std, signal_and_gradient
 
 LAYERS = {
     'linear': lambda **kw: nn.Linear(60, 40, **kw),
@@ -83,7 +84,7 @@ def _arguments(layer: nn.Module) -> tuple:
 
 
 @given(st.floats(0.1, 10), st.sampled_from(['lecun_normal', 'xavier_uniform', 'kaiming_normal', 'gain_sqrt3', 'orthogonal']))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_weights_are_proportional_to_the_gain(gain, scheme):
     one, other = (init_weights(nn.Linear(20, 10), scheme, gain=g, generator=seeded(1)).weight for g in (1.0, gain))
     torch.testing.assert_close(other, one * gain)
@@ -110,6 +111,16 @@ def test_everything_else_is_left_alone():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize('name', ['weight', 'bias'])
+def test_a_parametrised_layer_is_refused_before_anything_is_drawn(name):
+    "A draw would go into a tensor that the next access computes anew."
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), name, dim=None))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"layer '2': its {name} is computed by a parametrisation: initialise before that"):
+        init_weights(model, 'kaiming_normal')
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_uninitialised_memory_is_overwritten():
     layer = skip_init(nn.Conv2d, 3, 5, 3)
     with torch.no_grad():
@@ -123,6 +134,13 @@ def test_global_generator_is_not_touched_when_one_is_given():
     layer, state = nn.Linear(4, 3), torch.get_rng_state()
     for scheme in SCHEMES: init_weights(layer, scheme, generator=seeded())
     assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.cuda
+def test_signal_and_gradient_on_a_gpu():
+    model, x = init_weights(nn.Sequential(nn.Linear(9, 5), nn.Tanh()), 'lecun_normal', generator=seeded()), torch.randn(50, 9)
+    here, there = signal_and_gradient(model, x, seeded(1)), signal_and_gradient(model.cuda(), x.cuda(), seeded(1))
+    pd.testing.assert_frame_equal(there, here, rtol=1e-2)
 
 
 @pytest.mark.parametrize('call, message', [

@@ -53,13 +53,15 @@ def lab(tmp_path_factory):
         yield url, copy
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(20)
+        try: server.wait(60)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
 
 
 def test_the_first_notebook_runs_from_top_to_bottom(lab, browser):
     url, copy = lab
     page = browser.new_page(viewport={'width': 1280, 'height': 900})
-    page.goto(next(copy.glob('runtime/*file-to-run*')).as_uri())  # what JupyterLab opens in one's own browser
+    redirect = wait(lambda: list(copy.glob('runtime/*file-to-run*')), 30)
+    page.goto(redirect[0].as_uri())  # what JupyterLab opens in one's own browser
     page.locator('.jp-MarkdownOutput h1').first.wait_for(timeout=60_000)
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Restart Kernel and Run All Cells').click()

@@ -14,7 +14,7 @@ from wib_nbdev.mean_shift import centred_gain, gaussian_moments, relu_moments
 
 SMOOTH = {'relu': F.relu, 'leaky_relu': F.leaky_relu, 'elu': F.elu, 'gelu': F.gelu, 'silu': F.silu, 'selu': F.selu, 'tanh': torch.tanh}
 spreads = st.floats(0.05, 20)
-some = settings(deadline=None, max_examples=12)
+some = settings(max_examples=12)
 
 
 @given(spreads)

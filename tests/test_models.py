@@ -55,7 +55,7 @@ def test_it_is_the_network_that_the_paper_describes():
     assert all([name for name, _ in ours.get_submodule(conv).named_children()] == ['conv', 'act'] for conv in CONVS)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(1, 70), st.integers(1, 70))
 def test_any_image_size_gives_scores_and_the_summary_agrees(channels, n_classes, height, width):
     model = plain_cnn(channels, n_classes, generator=seeded())
@@ -208,7 +208,7 @@ def reached(mask):
     return F.max_pool2d(F.pad(mask, (1, 1, 1, 1), value=1.), 3, stride=2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(-1, 1).filter(lambda shift: abs(shift) > 0.05), st.integers(0, 10**6), st.integers(12, 90), st.integers(12, 90),
        st.sampled_from(['kaiming_normal', 'pytorch_default']))
 def test_the_control_is_wib_relu_inside_the_image_and_differs_where_padding_reaches(shift, seed, height, width, scheme):
@@ -221,7 +221,7 @@ def test_the_control_is_wib_relu_inside_the_image_and_differs_where_padding_reac
         assert (difference[mask[0, 0] == 0] < 1e-12).all() and (difference[mask[0, 0] == 1] > 1e-9).all(), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(-1, 1), st.integers(0, 10**6), st.integers(9, 64))
 def test_the_control_is_exact_where_padding_carries_the_shift(shift, seed, side):
     wib, control = pair(shift, seed, channels=3)
@@ -234,8 +234,11 @@ def test_the_control_is_exact_where_padding_carries_the_shift(shift, seed, side)
 
 
 def test_a_layer_without_bias_cannot_be_compensated():
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1, bias=False))
+    "And if there is one, the layers before it keep their biases."
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1, bias=False))
+    before = snapshot(model)
     with pytest.raises(ValueError, match='must have a bias'): models.compensate_next_bias(model)
+    assert_unchanged(model, before)
 
 
 # Keeping a network

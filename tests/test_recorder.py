@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
@@ -103,7 +103,6 @@ def test_histogram_definitions_agree_with_histc_where_it_matters():
     assert abs((h[:2].sum() / h.sum()).item() - NEAR_ZERO['near_zero_bins_0.5'].share(a)) < 1e-6
 
 
-@settings(deadline=None)
 @given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), st.sampled_from([1_000, 30_000]))
 def test_the_std_is_right_also_when_the_mean_is_far_larger(mean, std, n):
     x = torch.randn(n, generator=seeded()) * std + mean
@@ -280,7 +279,6 @@ def test_a_full_recorder_thins_itself_and_says_so():
 
 
 @given(st.integers(2, 9), st.integers(1, 4), st.integers(0, 120))
-@settings(deadline=None)
 def test_records_are_evenly_spread_whatever_the_capacity(capacity, every, n):
     model = nn.Identity()
     with warnings.catch_warnings():
@@ -496,6 +494,18 @@ def test_activation_of_a_nested_sequential_but_not_of_a_block():
             self.act = nn.ReLU()
     assert activation_of(nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), act))) is act
     assert activation_of(Block()) is None and activation_of(nn.Sequential()) is None
+
+
+def test_a_sequential_with_its_own_forward_is_not_taken_for_its_last_module():
+    class Residual(nn.Sequential):
+        def forward(self, x): return x + super().forward(x)
+    block = Residual(nn.Linear(6, 6), nn.ReLU())
+    for layer in (block, nn.Sequential(block)):
+        model, x = nn.Sequential(layer), torch.randn(200, 6, generator=seeded())
+        with ActivationRecorder(model, ['0']) as recorder: a = model(x)
+        assert_row(recorder.to_frame().iloc[0], expected_row(a))
+        for name, definition in NEAR_ZERO.items(): assert recorder.to_frame()[name].item() == definition.share(a.detach())
+    assert activation_of(block) is None and list(find_layers(nn.Sequential(block))) == ['0.1']
 
 
 # Elsewhere

@@ -262,12 +262,21 @@ def test_in_a_browser(visit, page, parsed, width, scheme):
     assert contrast >= 4.5, where
 
 
+def wait_for(window, condition: str) -> bool:
+    "Whether it comes true. wait_for_function evaluates its text inside the page once it has to wait, which the page's policy forbids."
+    return window.evaluate(f'''() => new Promise(done => {{
+      const look = () => {condition} ? done(true) : requestAnimationFrame(look);
+      look(); setTimeout(() => done(false), 10_000) }})''')
+
+
 def test_by_keyboard(visit, page):
     window = visit(page, 390)
     window.keyboard.press('Tab')
     assert window.evaluate('document.activeElement.className') == 'skip'
     assert window.evaluate('document.activeElement.getBoundingClientRect().left') >= 0
+    target = window.evaluate('document.activeElement.hash')
     window.keyboard.press('Enter')
+    assert wait_for(window, f"document.activeElement.matches('{target}')")
     window.keyboard.press('Tab')
     assert window.evaluate("document.activeElement.matches('.scroll')")
     scrolls = '''() => {
@@ -275,10 +284,7 @@ def test_by_keyboard(visit, page):
       box.focus(); return box.scrollWidth }'''
     assert window.evaluate(scrolls) > 390
     window.keyboard.press('ArrowRight')
-    # not wait_for_function: once it has to wait it evaluates its text inside the page, which the page's own policy forbids
-    assert window.evaluate('''() => new Promise(done => {
-      const look = () => document.activeElement.scrollLeft > 0 ? done(true) : requestAnimationFrame(look);
-      look(); setTimeout(() => done(false), 10_000) })''')
+    assert wait_for(window, 'document.activeElement.scrollLeft > 0')
     window.focus('summary')
     window.keyboard.press('Enter')
     assert window.evaluate("document.querySelector('details').open")

@@ -2,7 +2,9 @@
 import hashlib
 import random
 import re
+import subprocess
 from dataclasses import fields, replace
+from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,16 @@ def test_the_verdicts_are_those_of_these_runs(results):
     np.testing.assert_allclose(said[['value', 'low', 'high']], now[['value', 'low', 'high']].astype(float), rtol=1e-3, atol=1e-3)
 
 
+def test_runs_of_no_commit_are_refused_before_anything_is_written():
+    spec = util.spec_from_file_location('make', RESULTS / 'make.py')
+    make = util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    try: assert make.criteria_commit(set())
+    except (OSError, subprocess.CalledProcessError, IndexError): pytest.skip('needs git and the history of the project')
+    for commit in ('abc1234+', 'abc1234', ''):
+        with pytest.raises(ValueError, match=f"commit='{re.escape(commit)}', no descendant"): make.criteria_commit({commit})
+
+
 def test_nothing_is_there_that_was_not_planned(results):
     planned = {config.key for config in sweep.full_plan()}
     at_best = [config for config in configs(results) if config.key not in planned]
@@ -68,6 +80,7 @@ def test_nothing_is_there_that_was_not_planned(results):
 def test_they_go_back_into_a_store_and_out_again(results, tmp_path):
     few = results.runs['key'].sample(3, random_state=0)
     some = sweep.Results(*(frame[frame['key'].isin(few)] for frame in results))
+    some.runs[['torch', 'numpy']] = metadata.version('torch'), metadata.version('numpy')  # a store takes no others
     sweep.write_results(some, tmp_path / 'some')
     assert sweep.restore_runs(tmp_path / 'some', tmp_path / 'store') == 3
     sweep.write_results(sweep.load_results(tmp_path / 'store'), tmp_path / 'again')

@@ -1,27 +1,33 @@
 """The store under fire: real drivers killed, real workers killed, full disks, spoilt files, two drivers, Ctrl-C, and a Dask cluster."""
+import contextlib
 import json
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
 
 from wib_nbdev import sweep
 from wib_nbdev.config import TrainConfig
+from wib_nbdev.training import train
 
-# Small but real: the embedded sample, one epoch.
-CONFIGS = sweep.grid(sample=True, epochs=1, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'], dataset='fashion_mnist')
+# Small but real: the embedded sample, a few epochs, so that a signal sent after the first run meets others.
+CONFIGS = sweep.grid(sample=True, epochs=4, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'], dataset='fashion_mnist')
 DRIVER = '''
 import sys
 from wib_nbdev import sweep
 if __name__ == '__main__':
-    configs = sweep.grid(sample=True, epochs=1, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'], dataset='fashion_mnist')
+    configs = sweep.grid(sample=True, epochs=4, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'], dataset='fashion_mnist')
     sweep.run_sweep(configs, sys.argv[1], n_jobs=int(sys.argv[2]), progress=False)
     print('done')
 '''
@@ -99,8 +105,7 @@ def children(pid: int) -> list[int]:
 def test_worker_killed(driver, tmp_path, undisturbed):
     store = tmp_path / 'store'
     process = start(driver, store, n_jobs=2)
-    deadline = time.time() + 60
-    while not runs_in(store) and time.time() < deadline: time.sleep(0.02)
+    wait_for(lambda: runs_in(store))
     commands = {pid: Path(f'/proc/{pid}/cmdline').read_bytes() for pid in children(process.pid)}
     workers = [pid for pid, words in commands.items() if b'loky' in words and b'tracker' not in words]
     os.kill(workers[0], signal.SIGKILL)
@@ -109,15 +114,16 @@ def test_worker_killed(driver, tmp_path, undisturbed):
     pd.testing.assert_frame_equal(numbers(sweep.load_results(store)), undisturbed, check_exact=True)
 
 
-def test_ctrl_c(driver, tmp_path, undisturbed):
+@pytest.mark.parametrize('n_jobs', [1, 2])
+def test_ctrl_c(driver, tmp_path, undisturbed, n_jobs):
     store = tmp_path / 'store'
-    process = start(driver, store, n_jobs=2)
-    deadline = time.time() + 60
-    while not runs_in(store) and time.time() < deadline: time.sleep(0.02)
+    process = start(driver, store, n_jobs)
+    wait_for(lambda: runs_in(store))
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert re.search(r'interrupted: \d of 6 runs are in .*; run the same sweep again to go on', err), err
+    assert (said := re.search(r'interrupted: (\d) of 6 runs are in .*; run the same sweep again to go on', err)), err
+    assert len(runs_in(store)) == int(said[1]) < 6
     for path in runs_in(store): sweep.read_run(path)
     resumed = sweep.run_sweep(CONFIGS, store, n_jobs=1, progress=False)
     pd.testing.assert_frame_equal(numbers(resumed), undisturbed, check_exact=True)
@@ -125,8 +131,8 @@ def test_ctrl_c(driver, tmp_path, undisturbed):
 
 def test_disk_full(driver, tmp_path, undisturbed):
     "A real full disk: a tmpfs of 64 KiB in a mount namespace of its own."
-    probe = subprocess.run(['unshare', '-rm', 'true'], capture_output=True)
-    if probe.returncode: pytest.skip('this system lets no user make a mount namespace')
+    if not shutil.which('unshare') or subprocess.run(['unshare', '-rm', 'true'], capture_output=True).returncode:
+        pytest.skip('this system lets no user make a mount namespace')
     store, kept = tmp_path / 'store', tmp_path / 'kept'
     store.mkdir()
     kept.mkdir()
@@ -152,11 +158,14 @@ def spoil(content: bytes, how: str, chance: random.Random) -> bytes:
     if how == 'empty': return b''
     if how == 'truncated': return content[:chance.randrange(1, len(content))]
     if how == 'text': return b'not a parquet file'
+    if how == 'renamed':  # in the footer, which no checksum covers
+        name = chance.choice([b'loss', b'layers', b'accuracy', b'status', b'split'])
+        return content.replace(name, name[:-1] + b'_')
     at = chance.randrange(len(content))
     return content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1:]
 
 
-@pytest.mark.parametrize('how', ['empty', 'truncated', 'text', 'flipped'])
+@pytest.mark.parametrize('how', ['empty', 'truncated', 'text', 'renamed', 'flipped'])
 def test_spoilt_file_is_named_or_harmless(one_run, tmp_path, how):
     "A spoilt file is either refused by name, or its numbers are those that were written: no change gets through."
     content, chance, good = one_run.read_bytes(), random.Random(how), sweep.read_run(one_run)
@@ -178,6 +187,24 @@ def test_spoilt_file_is_set_aside_and_run_again(one_run, tmp_path):
     path.write_bytes(one_run.read_bytes()[:-40])
     with pytest.warns(UserWarning, match='was set aside'): results = sweep.run_sweep(CONFIGS[:1], tmp_path, n_jobs=1, progress=False)
     assert len(results.runs) == 1 and path.with_suffix('.damaged').exists()
+
+
+def test_a_file_that_the_system_does_not_let_us_read_stays(one_run, tmp_path, monkeypatch):
+    "Too many open files, no permission: the run itself may be whole."
+    path = tmp_path / one_run.name
+    path.write_bytes(one_run.read_bytes())
+    taken = []
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowered = max(map(int, os.listdir('/dev/fd'))) + 8
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, limit[1]))
+        with contextlib.suppress(OSError):
+            while True: taken.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(sweep.SweepError, match='could not be read'): sweep.read_run(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        for each in taken: os.close(each)
+    assert sweep.read_run(path) == sweep.read_run(one_run)
 
 
 def test_file_under_another_name_is_refused(one_run, tmp_path):
@@ -204,6 +231,40 @@ def test_runs_of_another_torch_are_refused(one_run, tmp_path):
     pq.write_table(table, tmp_path / one_run.name)
     with pytest.raises(sweep.SweepError, match=r'1\.4\.0.*use another folder'):
         sweep.run_sweep(CONFIGS[:1], tmp_path, n_jobs=1, progress=False)
+
+
+def test_a_worker_with_another_torch_is_refused(tmp_path):
+    result = train(CONFIGS[0], progress=False)
+    elsewhere = replace(result, environment={**result.environment, 'torch': '1.4.0'})
+    with pytest.raises(sweep.SweepError, match=r'the worker that ran .* has .*1\.4\.0.*same versions on every machine'):
+        sweep.keep(sweep.Outcome(CONFIGS[0], elsewhere, '', 1.0), tmp_path)
+    assert not runs_in(tmp_path)
+
+
+def test_results_of_several_torches_are_not_mixed(tmp_path, undisturbed):
+    results = sweep.run_sweep(CONFIGS, tmp_path / 'store', n_jobs=1, progress=False)
+    mixed = results.runs.assign(torch=['1.4.0', *results.runs['torch'][1:]])
+    sweep.write_results(results._replace(runs=mixed), tmp_path / 'mixed')
+    with pytest.raises(sweep.SweepError, match=r'mixes runs of .*1\.4\.0'): sweep.load_results(tmp_path / 'mixed')
+    sweep.write_results(results._replace(runs=results.runs.assign(torch='1.4.0')), tmp_path / 'old')
+    with pytest.raises(sweep.SweepError, match=r'1\.4\.0.*cannot be mixed'): sweep.restore_runs(tmp_path / 'old', tmp_path / 'empty')
+    assert not runs_in(tmp_path / 'empty')
+
+
+def test_runs_that_were_not_watched_run_again_to_be(tmp_path):
+    sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False)
+    watch = lambda config: config == CONFIGS[0] and {'every': 2}
+    with pytest.warns(UserWarning, match='1 runs in .* without watching'):
+        results = sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False, record=watch)
+    assert set(results.layers['key']) == {CONFIGS[0].key}
+    before = {path: path.stat().st_mtime_ns for path in runs_in(tmp_path)}
+    sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False, record=watch)
+    assert {path: path.stat().st_mtime_ns for path in runs_in(tmp_path)} == before
+
+
+def test_when_no_run_works_the_sweep_says_so(tmp_path, capsys):
+    with pytest.raises(sweep.SweepError, match='no run worked'):
+        sweep.run_sweep([TrainConfig(epochs=1)], tmp_path / 'store', n_jobs=1, progress=False, root=tmp_path / 'nothing-here')
 
 
 def test_a_failing_run_is_listed_and_the_others_finish(tmp_path, capsys):
@@ -244,6 +305,26 @@ def test_merged_results_that_were_edited_are_refused(tmp_path, one_run):
     assert not runs_in(tmp_path / 'store')
 
 
+@pytest.mark.parametrize('name', ['runs.csv', 'epochs.parquet'])
+def test_merged_results_that_do_not_belong_together_are_refused(tmp_path, undisturbed, name):
+    "A file cut short, one of another merge, one that is missing."
+    results = sweep.run_sweep(CONFIGS, tmp_path / 'store', n_jobs=1, progress=False)
+    fewer = results.runs['key'] != CONFIGS[0].key
+    for folder, kept in (('whole', results), ('other', sweep.Results(results.runs[fewer], *results[1:]))):
+        sweep.write_results(kept, tmp_path / folder)
+    sweep.write_results(results._replace(epochs=results.epochs[results.epochs['key'] != CONFIGS[0].key]), tmp_path / 'fewer epochs')
+    path = tmp_path / 'whole' / name
+    content = path.read_bytes()
+    for spoilt in (content[:len(content) // 2], b''):
+        path.write_bytes(spoilt)
+        with pytest.raises(sweep.DamagedRun, match='damaged'): sweep.load_results(path.parent)
+    for folder in ('other', 'fewer epochs'):
+        with pytest.raises(sweep.DamagedRun, match='name different runs'): sweep.load_results(tmp_path / folder)
+    (tmp_path / 'other' / 'epochs.parquet').unlink()
+    with pytest.raises(sweep.DamagedRun, match='damaged'): sweep.load_results(tmp_path / 'other')
+    with pytest.raises(sweep.SweepError, match='merged results'): sweep.run_sweep(CONFIGS[:1], tmp_path / 'other', progress=False)
+
+
 def test_a_run_says_which_commit_made_it(one_run):
     assert 'commit' in sweep.read_run(one_run)['environment']
 
@@ -260,32 +341,82 @@ def test_no_results_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no runs: name another folder, or run a sweep'): sweep.load_results(tmp_path)
 
 
-def test_dask_cluster_and_a_lost_worker(tmp_path, undisturbed):
-    "A scheduler and two workers in processes of their own; one worker is killed in mid-sweep."
+class Cluster(NamedTuple):
+    address: str
+    scheduler: subprocess.Popen
+    workers: list[subprocess.Popen]
+    driver: subprocess.Popen # a sweep on it, of which at least one run is in the store
+    store: Path
+
+
+@pytest.fixture
+def start_cluster(tmp_path):
+    "A scheduler and two workers in processes of their own, one of them with two threads, and a sweep on them that has begun."
     pytest.importorskip('distributed', reason='the extra cluster')
     from distributed import Client
-    env = {**os.environ, 'DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES': '5'}
-    address_file = tmp_path / 'scheduler.json'
-    begin = lambda *words: subprocess.Popen([sys.executable, '-m', 'distributed.cli.' + words[0], *words[1:]], cwd=tmp_path, env=env,
-                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    scheduler = begin('dask_scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(address_file))
-    deadline = time.time() + 60
-    while not address_file.exists() and time.time() < deadline: time.sleep(0.1)
-    address = json.loads(address_file.read_text())['address']
-    workers = [begin('dask_worker', address, '--nthreads', '1', '--no-nanny', '--no-dashboard') for _ in range(2)]
-    try:
+    started = []
+    def begin(*words, **env):
+        command, silent = [sys.executable, '-m', 'distributed.cli.' + words[0], *words[1:]], subprocess.DEVNULL
+        started.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env}, stdout=silent, stderr=silent))
+        return started[-1]
+    def start(failures: int) -> Cluster:
+        file, store, driver = tmp_path / 'scheduler.json', tmp_path / 'store', tmp_path / 'dask_driver.py'
+        scheduler = begin('dask_scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file),
+                          DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=str(failures))
+        address = wait_for(lambda: address_in(file))
+        workers = [begin('dask_worker', address, '--nthreads', threads, '--no-nanny', '--no-dashboard') for threads in '12']
         with Client(address) as client: client.wait_for_workers(2, timeout=60)
-        driver = tmp_path / 'dask_driver.py'
         driver.write_text(DRIVER.replace('n_jobs=int(sys.argv[2])', 'cluster=sys.argv[2]'))
-        process = subprocess.Popen([sys.executable, driver, tmp_path / 'store', address], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True)
-        while not runs_in(tmp_path / 'store') and time.time() < deadline: time.sleep(0.02)
-        workers[0].kill()
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and out.strip() == 'done', err
-    finally:
-        for each in (*workers, scheduler): each.kill()
-    pd.testing.assert_frame_equal(numbers(sweep.load_results(tmp_path / 'store')), undisturbed, check_exact=True)
+        command, heard = [sys.executable, driver, store, address], subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=heard, stderr=heard, text=True))
+        wait_for(lambda: runs_in(store))
+        return Cluster(address, scheduler, workers, started[-1], store)
+    yield start
+    for process in started: process.kill()
+
+
+def wait_for(condition, seconds: float = 60):
+    "The first true value of the condition."
+    deadline = time.time() + seconds
+    while not (value := condition()):
+        assert time.time() < deadline, f'not within {seconds} s'
+        time.sleep(0.02)
+    return value
+
+
+def address_in(scheduler_file: Path) -> str | None:
+    "The scheduler's address, once it has been written to the end."
+    try: return json.loads(scheduler_file.read_text())['address']
+    except (FileNotFoundError, ValueError): return None
+
+
+def test_dask_cluster_and_a_lost_worker(start_cluster, undisturbed):
+    "One worker is killed in mid-sweep: another one does its runs."
+    cluster = start_cluster(failures=5)
+    cluster.workers[0].kill()
+    out, err = cluster.driver.communicate(timeout=120)
+    assert cluster.driver.returncode == 0 and out.strip() == 'done', err
+    pd.testing.assert_frame_equal(numbers(sweep.load_results(cluster.store)), undisturbed, check_exact=True)
+
+
+def test_a_run_that_dask_gives_up_is_an_error_and_the_others_finish(start_cluster, undisturbed):
+    cluster = start_cluster(failures=0)  # whatever a killed worker was doing is given up at once
+    cluster.workers[1].kill()
+    out, err = cluster.driver.communicate(timeout=120)
+    assert cluster.driver.returncode == 0 and out.strip() == 'done', err
+    failed = re.findall(r'failed: (\S+): .*KilledWorker', err)
+    assert failed and len(runs_in(cluster.store)) == len(CONFIGS) - len(failed)
+    for key in failed: assert 'KilledWorker' in (cluster.store / f'{key}.error.txt').read_text()
+    resumed = sweep.run_sweep(CONFIGS, cluster.store, n_jobs=1, progress=False)
+    pd.testing.assert_frame_equal(numbers(resumed), undisturbed, check_exact=True)
+
+
+def test_a_lost_dask_scheduler_is_a_clear_end(start_cluster):
+    cluster = start_cluster(failures=0)
+    cluster.scheduler.kill()
+    _, err = cluster.driver.communicate(timeout=120)
+    assert cluster.driver.returncode != 0 and 'SweepError: the Dask scheduler is gone' in err
+    for path in runs_in(cluster.store): sweep.read_run(path)
 
 
 def test_no_scheduler_at_that_address(tmp_path):

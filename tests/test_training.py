@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wib_nbdev.activations import ACTIVATIONS
 from wib_nbdev.config import Activation, Dataset, Scheme, TrainConfig
 from wib_nbdev.data import DATASETS, channel_stats, load, standardise
 from wib_nbdev.initializers import SCHEMES
-from wib_nbdev.training import Batches, build_model, evaluate, load_images, resolve_device, train
+from wib_nbdev.training import Batches, _same_numbers, build_model, evaluate, load_images, resolve_device, train
 
 QUICK = TrainConfig(sample=True, epochs=2, device='cpu')
 
@@ -94,6 +95,34 @@ def test_evaluation_leaves_the_mode_and_gradients_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Conversions(TorchDispatchMode):
+    "Notes the dtype of every tensor that is converted or copied to another device."
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default: self.dtypes.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_converts_its_images_and_nothing_else():
+    "On a GPU, to move the statistics again in every step would be to wait for it in every step."
+    images = load('cifar10', sample=True)
+    statistics = channel_stats(images.x_train)
+    run = Batches(images.x_train, images.y_train, *statistics, batch_size=64)(torch.arange(1000))
+    with Conversions() as seen: x, y = next(run)
+    assert seen.dtypes == [torch.uint8]
+    assert torch.equal(x, standardise(images.x_train[:64], *statistics)) and torch.equal(y, images.y_train[:64])
+
+
+def test_statistics_that_do_not_fit_are_refused_before_the_first_batch():
+    images = load('cifar10', sample=True)
+    mean, std = channel_stats(images.x_train)
+    with pytest.raises(ValueError, match='must be above 0 in every channel'):
+        Batches(images.x_train, images.y_train, mean, 0 * std, batch_size=64)
+
+
 def test_holdout_keeps_the_test_images_out_of_sight():
     held, whole = load_images(replace(QUICK, valid='holdout')), load_images(QUICK)
     rows = lambda x: {image.numpy().tobytes() for image in x}
@@ -119,6 +148,7 @@ if __name__ == '__main__':
     seen = ''
     deadline = time.time() + 60
     while 'valid loss' not in seen and time.time() < deadline: seen += process.stderr.read(200)
+    assert 'valid loss' in seen
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     status, rows, epochs = out.split()
@@ -148,6 +178,27 @@ def test_on_a_gpu():
     assert first.losses.equals(second.losses)
     np.testing.assert_allclose(first.losses['loss'], train(QUICK, progress=False).losses['loss'], atol=0.05)
     assert train(replace(cuda, amp=True, compile=True), progress=False).status == 'finished'
+
+
+@pytest.mark.cuda
+def test_a_second_batch_is_made_without_a_sync():
+    images = load('cifar10', sample=True).to('cuda')
+    run = Batches(images.x_train, images.y_train, *channel_stats(images.x_train), batch_size=64)(torch.arange(1000, device='cuda'))
+    next(run)
+    torch.cuda.set_sync_debug_mode('error')
+    try: x, _ = next(run)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert x.is_cuda and len(x) == 64
+
+
+@pytest.mark.parametrize('tf32', [False, True])
+def test_the_flags_of_a_gpu_run_leave_tf32_as_it_is_set(tf32):
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+        with pytest.raises(KeyboardInterrupt), _same_numbers(torch.device('cuda')):
+            assert (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (tf32, True, False, True)
+            raise KeyboardInterrupt
+        assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (tf32, True, False)
 
 
 def test_config_survives_a_round_trip_through_its_fields():

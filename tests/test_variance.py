@@ -43,6 +43,12 @@ def test_wrong_numbers_are_named(arguments, name):
     with pytest.raises(ValueError, match=name): linear_output_variance(*arguments)
 
 
+def test_an_input_of_no_variance_has_none_behind_any_stack():
+    assert stacked_output_variance(784, 1.0, 500, 0.0) == 0
+    assert stacked_output_variance(784, 1.0, 500) == math.inf
+    with pytest.raises(ValueError, match=r'input_var=-1\.0'): stacked_output_variance(784, 1.0, 500, -1.0)
+
+
 @pytest.mark.parametrize('arguments', [('3', 1.0), (3.0, 1.0), (True, 1.0), (3, '1'), (3, None)])
 def test_wrong_types_are_type_errors(arguments):
     with pytest.raises(TypeError, match='must be'): linear_output_variance(*arguments)

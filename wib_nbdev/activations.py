@@ -27,7 +27,7 @@ from .variance import plot_trials, simulate_layer
 # %% ../nbs/04_activations.ipynb #e5f16a3d
 EQ7_SHIFT = relu_moments(math.sqrt(2)).mean  # Eq. 7 under Kaiming initialisation: 1/sqrt(pi), about 0.564
 
-# %% ../nbs/04_activations.ipynb #250800de
+# %% ../nbs/04_activations.ipynb #3e34daa7
 class _ShiftedReLU(torch.autograd.Function):
     "relu(x) - shift that keeps only its output for the backward pass: the tensor that the next layer keeps anyway."
     @staticmethod
@@ -42,8 +42,8 @@ class _ShiftedReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         output, *shift = ctx.saved_tensors
-        if shift: return gradient * (output > -shift[0]), None
-        # In half precision the output is rounded, and so must the shift be: a comparison rounds it, the fused kernel does not.
+        # The output is rounded to its dtype, and so must the shift be. A number is, by a comparison; the fused kernel does not round it.
+        if shift: return gradient * (output > -shift[0].to(output.dtype)), None
         if output.dtype in (torch.float16, torch.bfloat16): return gradient.masked_fill(output <= ctx.lowest, 0), None
         return torch.ops.aten.threshold_backward.default(gradient, output, ctx.lowest), None
 
@@ -98,12 +98,12 @@ def figure_5(
 # %% ../nbs/04_activations.ipynb #6442f3a0
 def _as_tensor(number: float, dtype: torch.dtype=torch.float64) -> Tensor: return torch.tensor(number, dtype=dtype, device='cpu')
 
-# %% ../nbs/04_activations.ipynb #1098074b
+# %% ../nbs/04_activations.ipynb #35ef9ae1
 class _Shift(nn.Module):
     "A constant that `forward` reads as `_shift` and everyone else as the tensor `shift`."
     _shift: float | Tensor
     _single: tuple[float, Tensor] # the last single number, in both forms
-    _saved_as = torch.float32 # a single number's dtype in `state_dict`
+    _like = _as_tensor(0.0, torch.float32) # of the dtype and on the device that the module was moved to, which a number does not show
     @property
     def shift(self) -> Tensor:
         "0-dim float64 for one number, else (channels,). To change it, assign: a number is checked, a tensor used as it is given."
@@ -129,10 +129,11 @@ class _Shift(nn.Module):
         self._shift = shift
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool=True) -> Any:
-        self._saved_as = torch.promote_types(fn(torch.zeros((), dtype=self._saved_as)).dtype, torch.float32)
+        try: self._like = fn(torch.zeros((), dtype=self._like.dtype, device=self._like.device))
+        except NotImplementedError: self._like = fn(_as_tensor(0.0, self._like.dtype)) # away from the meta device, which copies nothing
         return super()._apply(fn, recurse)
 
-# %% ../nbs/04_activations.ipynb #d3d3e49c
+# %% ../nbs/04_activations.ipynb #8fa7e1be
 class WIBReLU(_Shift):
     "Reading A of Eq. 8: a constant shift, found beforehand, kept in `state_dict`. `ValueError` for a shift that is not finite."
     def __init__(
@@ -164,14 +165,22 @@ class WIBReLU(_Shift):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f'{prefix}shift'] = self._shift.detach() if isinstance(self._shift, Tensor) else _as_tensor(self._shift, self._saved_as)
+        dtype = torch.promote_types(self._like.dtype, torch.float32) # of a single number
+        destination[f'{prefix}shift'] = self._shift.detach() if isinstance(self._shift, Tensor) else _as_tensor(self._shift, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        key, (_, _, missing_keys, unexpected_keys, _) = f'{prefix}shift', rest
+        key, (metadata, _, missing_keys, unexpected_keys, _) = f'{prefix}shift', rest
         if key in unexpected_keys: unexpected_keys.remove(key)
-        if key in state_dict: self.set_shift(state_dict[key])
+        if key in state_dict: self._load(state_dict[key], metadata.get('assign_to_params_buffers', False))
         else: missing_keys.append(key)
+
+    def _load(self, shift: float | Tensor, assign: bool) -> None:
+        "Takes a saved shift to where this module is; with `assign`, as for any tensor, the module is where the saved one was."
+        like = self._shift if isinstance(self._shift, Tensor) and self._shift.is_floating_point() else self._like
+        self.set_shift(shift)
+        if assign and isinstance(shift, Tensor): self._like = shift.new_zeros((), dtype=self._like.dtype)
+        elif isinstance(self._shift, Tensor): self._keep(self._shift.to(like))
 
 # %% ../nbs/04_activations.ipynb #35512f20
 def _follow(running_mean: Tensor, mean: Tensor, momentum: float, n_values: int) -> None:

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'DESCRIPTION', 'Train', 'Data', 'Sweep', 'Reproduce', 'Claims', 'Report', 'Diagnose', 'main']
 
-# %% ../nbs/14_cli.ipynb #65f7d4a3
+# %% ../nbs/14_cli.ipynb #cd3322d1
 import functools
 import inspect
 import io
 import itertools
 import json
+import math
 import operator
 import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,7 +30,12 @@ import tyro
 
 from .config import Dataset, Scheme, TrainConfig, check_number, one_of
 
-# %% ../nbs/14_cli.ipynb #6f24a095
+# %% ../nbs/14_cli.ipynb #b4bf39d7
+_UNSAID = tyro.conf.arg(help_behavior_hint='')  # where the words beside the option say what its default means
+_Root = Annotated[Path | None, _UNSAID]
+_Runs = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar='[RUNS]', help_behavior_hint='')]
+
+# %% ../nbs/14_cli.ipynb #3a336de5
 @dataclass
 class Train:
     """Train the plain CNN once and print each epoch.
@@ -38,7 +45,7 @@ class Train:
       wib-nbdev train --sample --epochs 5 --json
     """
     config: Annotated[TrainConfig, tyro.conf.arg(name='')] = field(default_factory=TrainConfig)
-    root: Path | None = None # folder of the full data (default: WIB_DATA, else data)
+    root: _Root = None # folder of the full data (default: WIB_DATA, else data)
     json: bool = False # print the result as JSON
     progress: bool = True # show a progress bar
 
@@ -46,15 +53,16 @@ class Train:
         from wib_nbdev.training import train
         result = train(self.config, progress=self.progress and not self.json, root=self.root)
         if self.json:
+            epochs = result.epochs.replace([math.inf, -math.inf], math.nan)  # JSON knows neither: null
             parts = dict(key=self.config.key, config=asdict(self.config), status=result.status, environment=result.environment,
-                         epochs=result.epochs.to_dict('records'))
-            print(json.dumps(parts, indent=2))
+                         epochs=epochs.astype(object).where(epochs.notna(), None).to_dict('records'))
+            print(json.dumps(parts, indent=2, allow_nan=False))
         else:
             print(result.epochs.to_string(index=False, float_format='{:.4f}'.format))
             if result.status == 'diverged': print('diverged: the loss is no longer a finite number; try a smaller --lr', file=sys.stderr)
         return {'finished': 0, 'diverged': 1, 'interrupted': 130}[result.status]
 
-# %% ../nbs/14_cli.ipynb #2015fe25
+# %% ../nbs/14_cli.ipynb #4b468fbf
 @dataclass
 class Data:
     """Say which of the data sets' files are there, and whether each is whole. Exit code 1 unless both data sets are there and whole.
@@ -63,7 +71,7 @@ class Data:
       wib-nbdev data --root data
       wib-nbdev data --root data --download
     """
-    root: Path | None = None # folder of the full data (default: WIB_DATA, else data)
+    root: _Root = None # folder of the full data (default: WIB_DATA, else data)
     download: bool = False # fetch what is missing (through torchvision)
     json: bool = False # print the table as JSON
 
@@ -94,11 +102,14 @@ def _value(text: str) -> Any:
     try: return json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text))
     except json.JSONDecodeError: return text
 
-# %% ../nbs/14_cli.ipynb #0c80aa39
+# %% ../nbs/14_cli.ipynb #94f78cd1
 def _check_jobs(jobs: int) -> None:
-    if jobs != -1: check_number(jobs, 'jobs', low=1, integer=True)
+    if jobs != -1 and jobs < 1: raise ValueError(f'jobs={jobs}: must be an integer of at least 1, or -1 for one a core')
 
-# %% ../nbs/14_cli.ipynb #ff5ba113
+_Vary = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction,  # --vary a b and --vary a --vary b are the same
+                  tyro.conf.arg(metavar='NAME=VALUE,VALUE ...', help_behavior_hint='(required)')]
+
+# %% ../nbs/14_cli.ipynb #ea2df751
 @dataclass
 class Sweep:
     """Run every combination of some options, each once, into a store that goes on where it was stopped.
@@ -108,33 +119,37 @@ class Sweep:
       wib-nbdev sweep --vary lr=0.001,0.004,0.01 --dataset cifar10 --out runs/rates --cluster tcp://localhost:8786
     """
     out: Path # folder of the runs
-    vary: tuple[str, ...] # NAME=VALUE,VALUE for each option that varies
+    vary: _Vary # NAME=VALUE,VALUE for each option that varies
     config: Annotated[TrainConfig, tyro.conf.arg(name='')] = field(default_factory=TrainConfig)
-    root: Path | None = None # folder of the full data (default: WIB_DATA, else data)
+    root: _Root = None # folder of the full data (default: WIB_DATA, else data)
     jobs: int = -1 # worker processes; -1 for one a core
-    cluster: str | None = None # address of a Dask scheduler, tcp://..., in place of local processes
+    cluster: Annotated[str | None, _UNSAID] = None # address of a Dask scheduler, tcp://..., in place of local processes
     record: bool = False # keep the statistics of the layers at every iteration
     json: bool = False # print the runs as JSON
     progress: bool = True # show runs done, time left and the last result
 
     def __post_init__(self) -> None:
         _check_jobs(self.jobs)
-        axes = _axes(self.vary)
+        self._axes = axes = _axes([*itertools.chain(*self.vary)])
         if not axes: raise ValueError('vary: must name an option and its values, such as lr=0.001,0.01')
         for name in axes: one_of(name, [each.name for each in fields(TrainConfig)], 'vary')
         combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         self._configs = [replace(self.config, **changed) for changed in combinations]
 
     def run(self) -> int:
+        from wib_nbdev.data import load
         from wib_nbdev.sweep import run_sweep
+        lacking = [config for config in self._configs if not (self.out / f'{config.key}.parquet').exists()]
+        if not self.cluster:  # what would fail in every run fails here, once
+            for name in {config.dataset for config in lacking if not config.sample}: load(name, self.root)
         results = run_sweep(self._configs, self.out, self.jobs, self.cluster, record=self.record, root=self.root, progress=self.progress)
         last = results.epochs.sort_values('epoch').groupby(['key', 'split'])[['loss', 'accuracy']].last().unstack('split')
         last.columns = [f'{split}_{metric}' for metric, split in last.columns]
-        table = results.runs[['key', *_axes(self.vary), 'status', 'seconds']].merge(last.reset_index(), on='key')
+        table = results.runs[['key', *self._axes, 'status', 'seconds']].merge(last.reset_index(), on='key')
         print(table.to_json(orient='records', indent=2) if self.json else table.to_string(index=False, float_format='{:.4g}'.format))
         return int(len(results.runs) < len({config.key for config in self._configs}))
 
-# %% ../nbs/14_cli.ipynb #15ef265a
+# %% ../nbs/14_cli.ipynb #7159b234
 def _print_verdicts(verdicts: Any, committed: Any) -> None:
     "Claim, the paper's words, the verdict of these runs and of the committed ones, and in one paragraph how many hold."
     from .claims import summary
@@ -156,9 +171,9 @@ class Reproduce:
     """
     preset: Literal['quick', 'paper'] = 'quick' # quick: the embedded sample, minutes; paper: full data, 20 epochs, 10 seeds, hours
     out: Path = Path('runs') # folder of the runs
-    root: Path | None = None # folder of the full data (default: WIB_DATA, else data)
+    root: _Root = None # folder of the full data (default: WIB_DATA, else data)
     jobs: int = -1 # worker processes; -1 for one a core
-    cluster: str | None = None # address of a Dask scheduler, tcp://..., in place of local processes
+    cluster: Annotated[str | None, _UNSAID] = None # address of a Dask scheduler, tcp://..., in place of local processes
 
     def __post_init__(self) -> None: _check_jobs(self.jobs)
 
@@ -193,7 +208,7 @@ def _in_hours(seconds: float) -> str:
     "A duration for people."
     return f'about {seconds / 3600:.1f} hours to go' if seconds > 5400 else f'about {seconds / 60:.0f} minutes to go'
 
-# %% ../nbs/14_cli.ipynb #bad87827
+# %% ../nbs/14_cli.ipynb #d0c4f472
 @dataclass
 class Claims:
     """Print the verdict on each claim of the paper: of the committed full reproduction, or of the runs in a folder.
@@ -202,13 +217,12 @@ class Claims:
       wib-nbdev claims
       wib-nbdev claims runs/paper --json
     """
-    runs: Annotated[Path | None, tyro.conf.Positional] = None # a store of runs, or merged results (default: the committed verdicts)
+    runs: _Runs = None # a store of runs, or merged results (default: the committed verdicts)
     json: bool = False # print quotes, criteria, verdicts, intervals and reasons as JSON
 
     def run(self) -> int:
         from wib_nbdev.claims import committed_verdicts, judge, summary
-        from wib_nbdev.sweep import load_results
-        verdicts = committed_verdicts() if self.runs is None else judge(load_results(self.runs))
+        verdicts = committed_verdicts() if self.runs is None else self._judged()
         if verdicts.empty: verdicts = judge()
         if self.json: print(verdicts.to_json(orient='records', indent=2))
         else:
@@ -216,7 +230,17 @@ class Claims:
             print(f'\n{textwrap.fill(summary(verdicts), 110)}')
         return 0
 
-# %% ../nbs/14_cli.ipynb #b55caf2f
+    def _judged(self) -> Any:
+        "The verdicts of a folder's runs, those of its most frequent set-up, as the report takes them."
+        from wib_nbdev.claims import judge
+        from wib_nbdev.report import guess_setting
+        from wib_nbdev.sweep import load_results
+        results = load_results(self.runs)
+        setting = guess_setting(results)
+        print('judged by the most frequent set-up:', ', '.join(f'{name}={value}' for name, value in setting.items()), file=sys.stderr)
+        return judge(results, setting)
+
+# %% ../nbs/14_cli.ipynb #ffd278a7
 @dataclass
 class Report:
     """Write the report of some runs: one HTML file that needs no network.
@@ -225,7 +249,7 @@ class Report:
       wib-nbdev report runs/quick
       wib-nbdev report results --out report.html
     """
-    runs: Annotated[Path | None, tyro.conf.Positional] = None # a store of runs, or merged results (default: the committed results)
+    runs: _Runs = None # a store of runs, or merged results (default: the committed results)
     out: Path = Path('report.html') # the file to write
 
     def run(self) -> int:
@@ -235,7 +259,7 @@ class Report:
         print(write_report(load_results(self.runs), self.out, reference=reference, made=f'{datetime.now():%Y-%m-%d %H:%M}'))
         return 0
 
-# %% ../nbs/14_cli.ipynb #c1620d8f
+# %% ../nbs/14_cli.ipynb #8b55c3c8
 @dataclass
 class Diagnose:
     """Show each layer's mean, spread and share of units that are off on real images, before and after ReLU was swapped and calibrated.
@@ -256,6 +280,8 @@ class Diagnose:
     def __post_init__(self) -> None:
         check_number(self.batch_size, 'batch_size', low=1, high=1000, integer=True)
         check_number(self.seed, 'seed', low=0, high=2**63 - 1, integer=True)
+        if self.model != 'plain_cnn' and self.init != 'kaiming_normal':
+            raise ValueError(f'init={self.init!r}: must be left out with model={self.model!r}, whose weights are torchvision\'s own')
 
     def run(self) -> int:
         import pandas as pd
@@ -283,14 +309,15 @@ class Diagnose:
             images = torch.nn.functional.pad(images, [(32 - images.shape[-1]) // 2] * 4)  # they halve the side up to five times
             return getattr(torchvision.models, self.model)(weights=None).eval(), images.expand(-1, 3, -1, -1)
 
-# %% ../nbs/14_cli.ipynb #cca38fa2
+# %% ../nbs/14_cli.ipynb #d2b8ba3d
 COMMANDS = {'reproduce': Reproduce, 'train': Train, 'sweep': Sweep, 'claims': Claims, 'report': Report, 'diagnose': Diagnose, 'data': Data}
 DESCRIPTION = """What "Weight Initialization Based ReLU" claims, run and judged.
 
 Examples:
   wib-nbdev reproduce
   wib-nbdev train --sample --activation wib_relu
-  wib-nbdev --tyro-print-completion bash    # tab completion, for bash, zsh or tcsh
+  wib-nbdev --tyro-print-completion bash    # tab completion, for bash, zsh or fish
+  wib-nbdev --version
 """
 
 def _menu() -> Any:
@@ -298,51 +325,79 @@ def _menu() -> Any:
     kinds = (Annotated[kind, tyro.conf.subcommand(name, description=inspect.getdoc(kind))] for name, kind in COMMANDS.items())
     return functools.reduce(operator.or_, kinds)
 
-# %% ../nbs/14_cli.ipynb #de42ccbd
+# %% ../nbs/14_cli.ipynb #0e3def9c
 def _one_line(
     text:str, # what tyro printed: a box of several paragraphs
+    command:str, # which one was asked for: tyro suggests options of the others too
 ) -> str:
-    "The first paragraph of a boxed message, in one line."
-    lines = [line.strip(' │|') for line in text.splitlines()[1:]]  # without the title
+    "The first paragraph of a boxed message, in one line; the option that was meant, if tyro names one."
+    plain = re.sub(r'\x1b\[[\d;]*m', '', text)  # on a terminal it comes in colours
+    lines = [line.strip(' │|') for line in plain.splitlines()[1:]]  # without the title
     rule = lambda line: set(line) <= set('─-╰╯')
-    paragraphs = (' '.join(group).strip() for is_rule, group in itertools.groupby(lines, rule) if not is_rule)
-    return re.sub(r'^Error parsing [\w-]+: ', '', next(filter(None, paragraphs), 'wrong options')).removesuffix('.')
+    first, *others = [' '.join(group).strip() for is_rule, group in itertools.groupby(lines, rule) if not is_rule] or ['wrong options']
+    if wrong := re.match(r'Error parsing (--[\w-]+): .*?[\'"](.*)[\'"]', first):
+        return f"{wrong[1]}={wrong[2]}: must be {'an integer' if 'int()' in first else 'a number'}"
+    if first.startswith('Missing from'): return ' '.join(re.findall(r'^[^:]+:|--[\w-]+', first))
+    near = [each for each in others if re.match('Perhaps you meant|Arguments similar', each) and f'in wib-nbdev {command} --help' in each]
+    meant = sorted(re.sub(r'^[^:]+: (--[\w-]+).*', r'\1', each) for each in near)
+    return re.sub(r'^Error parsing \w+: |(\. Expected 1 values)?\.$', '', first) + (f"; did you mean {', '.join(meant)}?" if meant else '')
 
-# %% ../nbs/14_cli.ipynb #9fd6814b
+# %% ../nbs/14_cli.ipynb #8f503d92
 def _parse(arguments: Sequence[str] | None) -> Any:
     "The command that the words ask for. `SystemExit` as tyro raises it: 0 after help, 2 after an error, which is then one line on stderr."
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ['--version']:
-        print(f"wib-nbdev {metadata.version('wib_nbdev')}")
+        print(f"wib-nbdev {metadata.version('wib_nbdev')}", flush=True)
         raise SystemExit(0)
     name, said = words[0] if words and words[0] in COMMANDS else '', io.StringIO()
+    columns = os.environ.get('COLUMNS')
+    if not {'-h', '--help'} & set(words): os.environ['COLUMNS'] = '9999'  # tyro would break a long word at the edge of the terminal
     try:
         if words and words[0][0:1] != '-': one_of(words[0], COMMANDS, 'command')
         with redirect_stderr(said):
-            return tyro.cli(_menu(), prog='wib-nbdev', description=DESCRIPTION, args=words, config=(tyro.conf.OmitSubcommandPrefixes,))
+            return tyro.cli(_menu(), prog='wib-nbdev', description=DESCRIPTION, args=words,
+                            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.DisallowNone))
     except (ValueError, TypeError) as error: message = str(error)
     except SystemExit as end:
-        if end.code != 2: raise
-        message = _one_line(said.getvalue())
+        if end.code != 2:
+            print(end='', flush=True)
+            raise
+        message = _one_line(said.getvalue(), name)
+    finally:
+        os.environ.pop('COLUMNS', None)
+        if columns is not None: os.environ['COLUMNS'] = columns
     print(f"wib-nbdev: {message}; see wib-nbdev {f'{name} ' * bool(name)}--help", file=sys.stderr)
     raise SystemExit(2)
 
-# %% ../nbs/14_cli.ipynb #565195cd
+# %% ../nbs/14_cli.ipynb #e3f5eef8
+def _open_streams() -> None:
+    "A stream that the shell closed goes nowhere; a letter that a stream lacks shows as a question mark; NO_COLOR is heeded."
+    if os.environ.get('NO_COLOR'): getattr(tyro, '_experimental_options', {})['ansi_codes'] = False
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))  # as after `>&-`
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper): stream.reconfigure(errors='replace')
+
 def main(
     arguments:Sequence[str] | None=None, # the words after `wib-nbdev`; those of the shell if None
 ) -> int:
     "Runs a command; returns 0 if all went well, 1 if the work failed, 130 after Ctrl-C. Leaves with 2 if the options were wrong."
-    command = _parse(arguments)
+    _open_streams()
+    command = None
     try:
-        code = command.run()
-        sys.stdout.flush()
+        command = _parse(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f'wib-nbdev: {message}', file=sys.stderr)  # not the line that warned
+            code = command.run()
+        print(end='', flush=True)
         return code
     except BrokenPipeError:  # the reader, such as `head`, has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, RuntimeError, ValueError) as error:
-        print(f'wib-nbdev: {error}', file=sys.stderr)
+        message = ' '.join(line.strip() for line in str(error).splitlines())
+        print('wib-nbdev:', message.replace('load with download=True', 'run wib-nbdev data --download'), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('wib-nbdev: interrupted; what was finished is kept, and the same command goes on from there', file=sys.stderr)
+        kept = '; what was finished is kept, and the same command goes on from there' * isinstance(command, Sweep | Reproduce)
+        print(f'wib-nbdev: interrupted{kept}', file=sys.stderr)
         return 130

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'RIVALS', 'MAIN', 'CLAIMED', 'ROPE', 'BOOTSTRAP_FROM', 'ARM_LABELS', 'ARM_COLOURS', 'DATASET_LABELS',
-           'PUBLISHED', 'kind_of', 'select', 'run_values', 'Interval', 'mean_interval', 'spread', 'learning_curves',
-           'plot_curves', 'figure_12', 'figure_13', 'final_table', 'best_table', 'readable', 'pair', 'sign_flip_p',
-           'p_next_seed', 'paired_power', 'seeds_needed', 'verdict', 'compare_pairs', 'holm', 'paired_differences',
-           'plot_forest', 'figure_forest', 'rate_table', 'best_rates', 'at_best_rates', 'best_rate_plan',
-           'run_full_plan', 'plot_rates', 'figure_rates', 'epochs_to_loss', 'common_loss', 'speed_differences',
-           'in_words']
+           'PUBLISHED', 'kind_of', 'select', 'one_run_each', 'run_values', 'Interval', 'mean_interval', 'spread',
+           'learning_curves', 'plot_curves', 'figure_12', 'figure_13', 'final_table', 'best_table', 'readable', 'pair',
+           'sign_flip_p', 'p_next_seed', 'paired_power', 'seeds_needed', 'verdict', 'compare_pairs', 'holm',
+           'paired_differences', 'plot_forest', 'figure_forest', 'rate_table', 'best_rates', 'at_best_rates',
+           'best_rate_plan', 'run_full_plan', 'plot_rates', 'figure_rates', 'epochs_to_loss', 'common_loss',
+           'speed_differences', 'in_words']
 
-# %% ../nbs/10_comparison.ipynb #cac97ba9
+# %% ../nbs/10_comparison.ipynb #b035d6c5
 import bisect
 import itertools
 import math
 import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,24 @@ def select(
     keys = set(runs['key']) if len(runs) else set()
     return Results(runs, *(frame[frame['key'].isin(keys)] if len(frame) else frame for frame in results[1:]))
 
-# %% ../nbs/10_comparison.ipynb #e22de00e
+# %% ../nbs/10_comparison.ipynb #781c4d2c
+def one_run_each(
+    runs:pd.DataFrame, # of `select`
+) -> None:
+    "`ValueError` if an arm has two runs at one seed, with what they differ in: runs of several set-ups would count as several seeds."
+    which = ['arm', 'dataset', 'seed']
+    twice = runs[runs.duplicated(which, keep=False)]
+    if twice.empty: return
+    same = twice[(twice[which] == twice[which].iloc[0]).all(axis=1)]
+    differ = [each.name for each in fields(TrainConfig) if each.name in same and same[each.name].nunique(dropna=False) > 1]
+    arm, dataset, seed = twice[which].iloc[0]
+    advice = 'drop one'
+    if differ:
+        example = f'select(results, {differ[0]}={same[differ[0]].iloc[0]!r})'
+        advice = f"they differ in {', '.join(differ)}: select one set-up, such as {example}"
+    raise ValueError(f'results: {arm} on {dataset} has more than one run at seed {seed}; {advice}')
+
+# %% ../nbs/10_comparison.ipynb #960f9ad1
 def run_values(
     results:Results, # finished runs and diverged ones
     at:str='last', # the 'last' epoch, or each metric's own 'best' one
@@ -79,7 +97,9 @@ def run_values(
     values = long.groupby(['key', 'metric'])['value'].agg(['last', 'min', 'max']).reset_index()
     best = values['min'].where(values['metric'].str.endswith('loss'), values['max'])
     values['value'] = values['last'] if at == 'last' else best
-    frame = runs.merge(values[['key', 'metric', 'value']], on='key')
+    # A run that diverged in its first epoch was never validated, and is a row all the same.
+    every = runs.merge(pd.DataFrame({'metric': METRICS}), how='cross')
+    frame = every.merge(values[['key', 'metric', 'value']], on=['key', 'metric'], how='left')
     frame.loc[frame['status'] != 'finished', 'value'] = np.nan
     return frame.drop(columns='status')
 
@@ -123,15 +143,16 @@ ARM_COLOURS = {**COLOURS, 'relu_pytorch': '#000000', 'relu_sqrt3': '#4D4D4D', 'r
 
 DATASET_LABELS = {'fashion_mnist': 'Fashion-MNIST', 'cifar10': 'CIFAR-10'}
 
-# %% ../nbs/10_comparison.ipynb #8b6e3025
+# %% ../nbs/10_comparison.ipynb #c801977c
 def learning_curves(
     results:Results, # one run an arm, data set and seed
     arms:Sequence[str]=PAPER_ARMS, # which
 ) -> pd.DataFrame:
     "A row for each run, epoch and split of the finished runs: arm, dataset, seed, epoch, split, loss (nats), accuracy (share)."
     runs = _with_arm(results).runs
-    runs = runs.loc[runs['arm'].isin(list(arms)) & (runs['status'] == 'finished'), ['key', 'arm', 'dataset', 'seed']]
-    return runs.merge(results.epochs, on='key').drop(columns=['key', 'seconds'], errors='ignore')
+    runs = runs[runs['arm'].isin(list(arms)) & (runs['status'] == 'finished')]
+    one_run_each(runs)
+    return runs[['key', 'arm', 'dataset', 'seed']].merge(results.epochs, on='key').drop(columns=['key', 'seconds'], errors='ignore')
 
 # %% ../nbs/10_comparison.ipynb #705e6404
 def plot_curves(
@@ -204,19 +225,11 @@ def figure_13(
     "The paper's Fig. 13, learning curves on CIFAR-10, with intervals."
     return _four_panels(results, 'cifar10', arms, {})
 
-# %% ../nbs/10_comparison.ipynb #0132c80c
-def _unique_runs(values: pd.DataFrame) -> None:
-    "`ValueError` if an arm has two runs at one seed: then the runs of several set-ups are mixed."
-    twice = values.duplicated(['arm', 'dataset', 'seed', 'metric'])
-    if not twice.any(): return
-    first = values[twice].iloc[0]
-    raise ValueError(f"results: {first['arm']} on {first['dataset']} has more than one run at seed {first['seed']}: select one set-up, "
-                     'such as select(results, **MAIN)')
-
-# %% ../nbs/10_comparison.ipynb #57d5fb57
-def _table(values: pd.DataFrame) -> pd.DataFrame:
+# %% ../nbs/10_comparison.ipynb #003ab501
+def _table(results: Results, at: str) -> pd.DataFrame:
     "Mean and 95 % interval over seeds of each data set, arm and metric."
-    _unique_runs(values)
+    one_run_each(_with_arm(results).runs)
+    values = run_values(results, at)
     groups = values.dropna(subset='value').groupby(['dataset', 'arm', 'metric'], sort=False)['value']
     return pd.DataFrame([dict(zip(('dataset', 'arm', 'metric'), name, strict=True), n=len(part), **mean_interval(part)._asdict())
                          for name, part in groups])
@@ -225,13 +238,13 @@ def final_table(
     results:Results, # one run an arm, data set and seed
 ) -> pd.DataFrame:
     "The last epoch: dataset, arm, metric, n, mean and its 95 % interval (low, high) over seeds; diverged runs are left out."
-    return _table(run_values(results, 'last'))
+    return _table(results, 'last')
 
 def best_table(
     results:Results, # one run an arm, data set and seed
 ) -> pd.DataFrame:
     "Each metric's own best epoch, as `final_table`. The best of 20 looks at the test images is an optimistic number."
-    return _table(run_values(results, 'best'))
+    return _table(results, 'best')
 
 # %% ../nbs/10_comparison.ipynb #1378d620
 def readable(
@@ -348,7 +361,7 @@ def holm(
     if there.sum() > 1: adjusted[there] = multipletests(p[there], method='holm')[1]
     return adjusted
 
-# %% ../nbs/10_comparison.ipynb #6f0fdd78
+# %% ../nbs/10_comparison.ipynb #bc2761c2
 def paired_differences(
     results:Results, # one run an arm, data set and seed; see `select`
     arm:str='wib_relu', # what is compared
@@ -362,7 +375,7 @@ def paired_differences(
     the rivals in one metric on one data set) and `lost` (seeds without a pair, also warned of). `ValueError` for an arm without runs."""
     values = run_values(results, at)
     if not (values['arm'] == arm).any(): raise ValueError(f"arm={arm!r}: has no runs; there are {', '.join(sorted(set(values['arm'])))}")
-    _unique_runs(values)
+    one_run_each(_with_arm(results).runs)
     rows = []
     datasets = sorted(set(values['dataset']), reverse=True)  # Fashion-MNIST first, as in the paper
     for dataset, metric, rival in itertools.product(datasets, metrics, rivals):
@@ -538,7 +551,7 @@ def common_loss(
     train = results.epochs[(results.epochs['split'] == 'train') & results.epochs['key'].isin(keys)]
     return float(train.groupby('key')['loss'].min().max())
 
-# %% ../nbs/10_comparison.ipynb #d40327cf
+# %% ../nbs/10_comparison.ipynb #f913a5b9
 def speed_differences(
     results:Results, # one run an arm, data set and seed
     arm:str='wib_relu', # what is compared
@@ -548,6 +561,7 @@ def speed_differences(
     rows = []
     for dataset in _with_arm(results).runs['dataset'].unique():
         part = select(results, dataset=dataset)
+        one_run_each(part.runs)
         target = common_loss(part, (arm, *rivals))
         values = epochs_to_loss(part, target).rename(columns={'epochs': 'value'})
         for rival in rivals:

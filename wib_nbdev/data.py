@@ -276,23 +276,26 @@ def _choose(labels:Tensor, counts:dict[int, int], seed:int) -> Tensor:
     order = {label: torch.randperm(len(members[label]), generator=generator) for label in counts}
     return torch.cat([members[label][order[label][:count]] for label, count in counts.items()]).sort().values
 
-# %% ../nbs/05_data.ipynb #38fa25b5
+# %% ../nbs/05_data.ipynb #355815a7
 def make_sample(
     dataset:ImageDataset, # the full data
     n_train:int=100, # training images of each class
     n_test:int=50, # test images of each class
     seed:int=0, # chooses the images
 ) -> ImageDataset:
-    "A balanced sample in the data set's own order. With the defaults it is the sample that ships with the package."
-    check_number(n_train, 'n_train', low=1, integer=True)
-    check_number(n_test, 'n_test', low=1, integer=True)
+    """A balanced sample in the data set's own order. With the defaults it is the sample that ships with the package.
+    `ValueError` if a class has fewer images than are asked for."""
+    for count, name, labels in ((n_train, 'n_train', dataset.y_train), (n_test, 'n_test', dataset.y_test)):
+        fewest = int(labels.bincount(minlength=dataset.n_classes).min())
+        if check_number(count, name, low=1, integer=True) > fewest:
+            raise ValueError(f'{name}={count}: must be at most {fewest}, as many images as the smallest class has')
     train = _choose(dataset.y_train, dict.fromkeys(range(dataset.n_classes), n_train), seed)
     test = _choose(dataset.y_test, dict.fromkeys(range(dataset.n_classes), n_test), seed)
     return replace(dataset, x_train=dataset.x_train[train], y_train=dataset.y_train[train],
                    x_test=dataset.x_test[test], y_test=dataset.y_test[test],
                    source=f'sample of {n_train} training and {n_test} test images of each class, seed {seed}')
 
-# %% ../nbs/05_data.ipynb #078070a1
+# %% ../nbs/05_data.ipynb #68b57cbe
 def save_sample(
     sample:ImageDataset, # what `make_sample` returned
     folder:str | Path, # where to write `<name>.npz`
@@ -300,7 +303,7 @@ def save_sample(
     "Write a sample as a compressed npz of four uint8 arrays, whole or not at all; returns its path."
     parts = ('x_train', 'y_train', 'x_test', 'y_test')
     content = io.BytesIO()
-    np.savez_compressed(content, **{part: getattr(sample, part).to(torch.uint8).numpy() for part in parts})
+    np.savez_compressed(content, **{part: getattr(sample, part).to(torch.uint8).cpu().numpy() for part in parts})
     path = Path(folder)/f'{sample.name}.npz'
     aside = path.with_suffix('.npz.tmp')
     aside.write_bytes(content.getvalue())
@@ -434,7 +437,22 @@ def channel_stats(
     variance = (share * (values - mean[:, None]).square()).sum(1)
     return mean, variance.sqrt()
 
-# %% ../nbs/05_data.ipynb #f8a7f3d9
+# %% ../nbs/05_data.ipynb #f71ea88b
+def _scale_offset(x:Tensor, mean:Tensor, std:Tensor) -> tuple[Tensor, Tensor]:
+    "Factor and summand of a pixel, each float32 (channels, 1, 1) on the device of `x`. `ValueError` for statistics that do not fit."
+    for values, name in ((mean, 'mean'), (std, 'std')):
+        if values.shape != x.shape[1:2]:
+            raise ValueError(f'{name} of shape {tuple(values.shape)}: must be ({x.shape[1]},), a value per channel')
+    if not (std.isfinite() & (std > 0)).all(): raise ValueError(f'std={std.tolist()}: must be above 0 in every channel')
+    scale, offset = (values.to(x.device, torch.float32)[:, None, None] for values in (1 / (255 * std), -mean / std))
+    return scale, offset
+
+def _rescale(x:Tensor, scale:Tensor, offset:Tensor, memory_format:torch.memory_format=torch.preserve_format) -> Tensor:
+    "`standardise`, given what `_scale_offset` returned: a GPU need not be waited for."
+    _check_images(x, 'x')
+    out = x.to(torch.float32, memory_format=memory_format)
+    return torch.addcmul(offset, out, scale, out=out)
+
 def standardise(
     x:Tensor, # uint8 (batch, channels, height, width)
     mean:Tensor, # (channels,), of pixels scaled to [0, 1], from the training images
@@ -444,13 +462,7 @@ def standardise(
     """Images as float32 of mean 0 and standard deviation 1 per channel, of the shape and on the device of `x`; Eq. 05.3.
     The only tensor allocated is the result. `TypeError` unless `x` is uint8, `ValueError` for statistics that do not fit."""
     _check_images(x, 'x')
-    for values, name in ((mean, 'mean'), (std, 'std')):
-        if values.shape != x.shape[1:2]:
-            raise ValueError(f'{name} of shape {tuple(values.shape)}: must be ({x.shape[1]},), a value per channel')
-    if not (std.isfinite() & (std > 0)).all(): raise ValueError(f'std={std.tolist()}: must be above 0 in every channel')
-    scale, offset = (values.to(x.device, torch.float32)[:, None, None] for values in (1 / (255 * std), -mean / std))
-    out = x.to(torch.float32, memory_format=memory_format)
-    return torch.addcmul(offset, out, scale, out=out)
+    return _rescale(x, *_scale_offset(x, mean, std), memory_format)
 
 # %% ../nbs/05_data.ipynb #9c1cb2c2
 def first_layer_preacts(

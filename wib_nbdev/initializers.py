@@ -60,7 +60,7 @@ Model = TypeVar('Model', bound=nn.Module)
 Bias = Literal['zeros', 'pytorch']
 LAYER_TYPES = (nn.Linear, nn.modules.conv._ConvNd)  # Conv1d to Conv3d, transposed ones too
 
-# %% ../nbs/02_initializers.ipynb #8c17b1f0
+# %% ../nbs/02_initializers.ipynb #014c0a66
 @torch.no_grad()
 def init_weights(
     model:Model, # a layer, or a model with layers in it
@@ -70,15 +70,21 @@ def init_weights(
     bias:Bias | None=None, # 'zeros', or 'pytorch': uniform within 1/sqrt(fan_in); None: 'pytorch' for PyTorch's two schemes, else 'zeros'
     generator:torch.Generator | None=None, # source of the numbers
 ) -> Model:
-    "Draws weights and biases of all linear and convolutional layers in place; returns the model. `ValueError` for a wrong name or gain."
+    """Draws weights and biases of all linear and convolutional layers in place; returns the model.
+    `ValueError` for a wrong name or gain, or a layer whose weight or bias is computed from other parameters; then no layer is changed."""
     one_of(scheme, SCHEMES, 'scheme')
     if bias is None: bias = 'pytorch' if scheme.startswith('pytorch') else 'zeros'
     one_of(bias, ('zeros', 'pytorch'), 'bias')
     if gain is not None and scheme in _FIXED: raise ValueError(f'gain={gain!r}: scheme={scheme!r} has none to replace')
     scale = check_number(_GAINS.get(scheme, 1.0) if gain is None else gain, 'gain', above=0)
-    layers = [module for module in model.modules() if isinstance(module, LAYER_TYPES)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
     if not layers: raise ValueError(f'model={type(model).__name__}: has no linear or convolutional layer to initialise')
-    for layer in layers:
+    for name, layer in layers.items():
+        computed = [each for each in ('weight', 'bias') if each not in layer._parameters] # a draw would be lost
+        if not computed: continue
+        raise ValueError(f'model: layer {name or type(layer).__name__!r}: its {computed[0]} is computed by a parametrisation: '
+                         'initialise before that')
+    for layer in layers.values():
         _draw(layer.weight, scheme, scale, generator)
         if layer.bias is None: continue
         bound = 1 / math.sqrt(fans(layer.weight)[0]) if bias == 'pytorch' else 0.0
@@ -115,7 +121,7 @@ def figure_3b(
     axes[0, 0].legend(frameon=False, ncols=3, loc='center right')
     return figure
 
-# %% ../nbs/02_initializers.ipynb #1c3b38d3
+# %% ../nbs/02_initializers.ipynb #ad01fbd0
 def signal_and_gradient(
     model:nn.Sequential, # a chain of layers
     x:Tensor, # (batch, ...), the input
@@ -124,7 +130,7 @@ def signal_and_gradient(
     "layer, type, mean and std of each layer's output, and std of the gradient at it when standard normal noise is sent back from the end."
     outputs = []
     for layer in model: outputs.append(x := layer(x))
-    gradients = torch.autograd.grad(x, outputs, torch.randn(x.shape, generator=generator))
+    gradients = torch.autograd.grad(x, outputs, torch.randn(x.shape, generator=generator).to(x))
     return pd.DataFrame([dict(layer=i, type=type(layer).__name__, mean=out.mean().item(), std=out.std(correction=0).item(),
                               gradient_std=gradient.std(correction=0).item())
                          for i, (layer, out, gradient) in enumerate(zip(model, outputs, gradients, strict=True), start=1)])

@@ -162,7 +162,7 @@ def figure_1() -> Figure:
     plot_steps(steps, axes[0, 0])
     return figure
 
-# %% ../nbs/06_models.ipynb #ea7b89dd
+# %% ../nbs/06_models.ipynb #df3e9b3d
 @torch.no_grad()
 def compensate_next_bias(
     model:nn.Sequential, # a ReLU network; its biases are changed in place
@@ -171,9 +171,11 @@ def compensate_next_bias(
     "Lower each bias behind an activation by `shift` times the sum of its weights (Eq. 06.3); returns the model. Every layer needs a bias."
     check_number(shift, 'shift')
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    changes = []
     for layer in layers[1:]:
         if layer.bias is None: raise ValueError(f'{layer}: must have a bias to be compensated')
-        layer.bias.sub_(shift * layer.weight.flatten(1).sum(1))
+        changes.append((layer.bias, shift * layer.weight.flatten(1).sum(1)))
+    for bias, change in changes: bias.sub_(change)
     return model
 
 # %% ../nbs/06_models.ipynb #cc037ab6

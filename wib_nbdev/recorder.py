@@ -196,7 +196,7 @@ class _Ledger:
         warnings.warn(f'the recorder is full (capacity={self.capacity}): it keeps every second record and goes on with every={self.every}',
                       stacklevel=2)
 
-# %% ../nbs/07_recorder.ipynb #c649956d
+# %% ../nbs/07_recorder.ipynb #2ed0989e
 ACTIVATION_TYPES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid,
     nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Softsign, nn.Tanhshrink,
@@ -209,8 +209,10 @@ def activation_of(
     layer:nn.Module, # any module
     types:tuple[type[nn.Module], ...]=ACTIVATION_TYPES, # the classes that count as activations
 ) -> nn.Module | None:
-    "The activation whose output is the layer's output: the layer itself, or the last module of an `nn.Sequential`; else None."
-    while isinstance(layer, nn.Sequential) and len(layer) and not isinstance(layer, types): layer = layer[-1]
+    "The activation whose output is the layer's output: the layer itself, or the last module of a plain `nn.Sequential`; else None."
+    plain = nn.Sequential.forward # a subclass with a forward of its own, such as a residual block, may do more than pass it on
+    while isinstance(layer, nn.Sequential) and type(layer).forward is plain and len(layer) and not isinstance(layer, types):
+        layer = layer[-1]
     return layer if isinstance(layer, types) else None
 
 # %% ../nbs/07_recorder.ipynb #f1c2208d

@@ -648,21 +648,23 @@ def _pictures(evidence: Evidence, verdicts: pd.DataFrame, reference: Results | N
                 differences=difference_table(differences), figures=_drawn(evidence, verdicts), rates=_rates(evidence),
                 reference=_reference(evidence, reference))
 
-# %% ../nbs/13_report.ipynb #a05dcb0e
+# %% ../nbs/13_report.ipynb #3b2aff8c
 def write_report(
     results:Results, # of `sweep.load_results`
     path:str | Path, # the file; its folder is made if need be
     **options:Any, # those of `render`
 ) -> Path:
-    "Renders the report and writes it: whole, or not at all (`OSError`). Returns the path."
-    page, path = render(results, **options), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    "Renders the report and writes it: whole, or not at all (`OSError`, also for a folder, a pipe or a device). Returns the path."
+    path = Path(path)
+    if path.exists() and not path.is_file(): raise OSError(f'{path}: not a regular file; name a file to write')
+    page, target = render(results, **options), path.resolve()  # a symlink stays, what it points to is written
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'w', encoding='utf-8') as file:
             file.write(page)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally: temporary.unlink(missing_ok=True)
     return path

@@ -6,7 +6,7 @@
 __all__ = ['swap_activations', 'calibrate', 'diagnose', 'plot_diagnosis', 'ClampMin', 'fold_shift', 'predict_signal', 'deep_mlp',
            'measure_signal', 'plot_signal', 'write_tensorboard']
 
-# %% ../nbs/12_surgery.ipynb #bfe47ffb
+# %% ../nbs/12_surgery.ipynb #333e50c2
 import ast
 import copy
 import inspect
@@ -15,8 +15,8 @@ import operator
 import random
 import textwrap
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
 from itertools import takewhile
@@ -124,10 +124,52 @@ def _holds_the_same(before: Any, after: Any) -> bool:
     if isinstance(before, dict): return before.keys() == after.keys() and all(_holds_the_same(before[k], after[k]) for k in before)
     return before == after if isinstance(before, set) else len(before) == len(after) and all(map(_holds_the_same, before, after))
 
-# %% ../nbs/12_surgery.ipynb #8074b57f
+# %% ../nbs/12_surgery.ipynb #a4b7db5d
+def _assign(x: Any, other: Any, how: str) -> Any:
+    "`x += other` and its kin: a call, since torch.fx prints operator.iadd as a statement, which would change a number in all its names."
+    return getattr(operator, how)(x, other)
+
+def _assignment(how: str) -> Callable[..., fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy('call_function', _assign, (self, other, how), {}, name=how)
+    return method
+
+class _StandIn(fx.Proxy):
+    "A stand-in for a tensor that is written over in place where the tensor would be."
+    def __getattr__(self, k: str) -> Any: return _Attribute(self, k)
+
+class _Attribute(_StandIn, fx.proxy.Attribute): "An attribute or method of one, such as x.T."
+
+for _how in ('iadd', 'isub', 'imul', 'itruediv', 'ifloordiv', 'imod', 'ipow', 'iand', 'ior', 'ixor', 'ilshift', 'irshift'):
+    setattr(_StandIn, f'__{_how}__', _assignment(_how))
+
+@contextmanager
+def _questions_refused(parts: Iterable[nn.Module]) -> Iterator[None]:
+    "`ValueError` where a forward, or code beside it, asks what a trace cannot tell: whether a stand-in is a tensor, what mode it is in."
+    plain = isinstance  # looked up now: a part may come from this very file
+    def ask(value: Any, kinds: Any) -> bool:
+        answer = plain(value, kinds)
+        if plain(value, fx.Proxy) and not answer and issubclass(nn.Parameter, kinds):
+            raise ValueError('it asks whether something is a tensor, and in a trace nothing is')
+        return answer
+    forwards = [inspect.unwrap(getattr(type(part), '_written', type(part)).forward) for part in parts]
+    for forward in forwards:
+        names = getattr(getattr(forward, '__code__', None), 'co_names', ())
+        asked = {'is_grad_enabled', 'is_inference_mode_enabled', 'is_autocast_enabled'}.intersection(names)
+        if asked: raise ValueError(f'it asks {min(asked)}, which a trace answers once and for all')
+    every = {id(place): place for place in (vars(torch), *(getattr(forward, '__globals__', {}) for forward in forwards))}
+    places = [place for place in every.values() if 'isinstance' not in place]  # in all others it is Python's own
+    try:
+        for place in places: place['isinstance'] = ask
+        yield
+    finally:
+        for place in places: place.pop('isinstance', None)
+
+# %% ../nbs/12_surgery.ipynb #e4861f45
 class _OwnForward(fx.Tracer):
     "Traces what a module does itself; its children stay whole."
     proxy_buffer_attributes = True
+    def proxy(self, node: fx.Node) -> fx.Proxy: return _StandIn(node, self)
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool: return True
 
 def _trace_own(module: nn.Module, training: bool, added: list[str]) -> fx.Graph:
@@ -141,7 +183,7 @@ def _trace_own(module: nn.Module, training: bool, added: list[str]) -> fx.Graph:
     vars(twin).update(_own_copy(vars(module)), training=training)
     for name in added: twin._modules.pop(name, None)
     before = _own_copy(vars(twin))
-    with _modes_refused(), _no_draws(): graph = _OwnForward().trace(twin)
+    with _modes_refused(), _questions_refused([module]), _no_draws(): graph = _OwnForward().trace(twin)
     changed = [name for name in {**before, **vars(twin)} if not _holds_the_same(before.get(name), vars(twin).get(name))]
     if any(name.startswith('_tensor_constant') for name in changed): raise ValueError('it makes constants')
     if changed: raise ValueError(f'it keeps state ({changed[0]})')
@@ -173,10 +215,10 @@ def _own_graph(module: nn.Module, training: bool, sites: dict[str, _Site]) -> fx
         if node.name in sites: _call_child(graph, node, *sites[node.name][:2])
     return graph
 
-# %% ../nbs/12_surgery.ipynb #10a3d47c
-_VIEWS = set("""T H mT mH data chunk contiguous detach diagonal dropout expand expand_as flatten float getitem iadd imul isub itruediv
-    movedim narrow permute ravel real reshape reshape_as select split squeeze swapaxes swapdims t tensor_split to transpose type type_as
-    unbind unflatten unfold unsqueeze view view_as""".split())
+# %% ../nbs/12_surgery.ipynb #98212c96
+_VIEWS = set("""_assign T H mT mH data chunk contiguous detach diagonal dropout expand expand_as flatten float getitem movedim narrow
+    permute ravel real reshape reshape_as select split squeeze swapaxes swapdims t tensor_split to transpose type type_as unbind unflatten
+    unfold unsqueeze view view_as""".split())
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
 
 def _is_view(node: fx.Node, part: nn.Module) -> bool:
@@ -290,9 +332,10 @@ def _inplace_note(part: nn.Module, child_name: str) -> str:
     before = takewhile(lambda name: name != child_name, part._modules)
     return _HELD if all(isinstance(part._modules[name], _VIEW_MODULES) for name in before) else _GONE
 
-# %% ../nbs/12_surgery.ipynb #f5373c33
+# %% ../nbs/12_surgery.ipynb #6ffaed28
 def _swap_children(swap: _Swap, name: str, part: nn.Module) -> None:
     "Swaps the children of `part` that are activations, and the functions that it keeps as attributes."
+    before = getattr(part, 'activation', None)
     for child_name, child in list(part._modules.items()):
         if not isinstance(child, swap.old): continue
         place, kind = f'{name}.{child_name}', type(child).__name__
@@ -307,8 +350,8 @@ def _swap_children(swap: _Swap, name: str, part: nn.Module) -> None:
         if not any(value is function for function in swap.functions if callable(function)): continue
         setattr(part, attribute, swap.unit(part))
         swap.note(f'{name}.{attribute}', value.__name__, part._modules[attribute], 'was a function kept as an attribute')
-    if isinstance(part, nn.TransformerEncoderLayer) and not isinstance(part._modules.get('activation'), (nn.ReLU, nn.GELU, type(None))):
-        part.activation_relu_or_gelu = 0  # else its fast path in evaluation goes on with a ReLU
+    if isinstance(part, nn.TransformerEncoderLayer) and part.activation is not before:
+        part.activation_relu_or_gelu = 0  # else its fast path in evaluation goes on with a ReLU or GELU
         for encoder in [other for other in swap.parts.values() if isinstance(other, nn.TransformerEncoder)]:
             encoder.use_nested_tensor = False  # which only the fast path understands
 
@@ -439,18 +482,18 @@ def _relu_moments(name: str, preact: Tensor, layer: nn.Module | None, per_channe
     if not math.isfinite(std): raise ValueError(f'batch: {_named(name)} sees values that are not finite')
     return mean, std
 
-# %% ../nbs/12_surgery.ipynb #18ac1348
+# %% ../nbs/12_surgery.ipynb #f201ae32
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """For a look at a model on data: no gradients, dropout off, batch norms as the model has them; afterwards modes, buffers and
-    the state of the random number generators are what they were."""
+    """For a look at a model on data: no gradients (nor inference mode, which would leave tensors that cannot be trained with), dropout
+    off, batch norms as the model has them; afterwards modes, buffers and the state of the random number generators are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers), [None if b is None else b.clone() for b in module._buffers.values()])
                for module in model.modules() if module._buffers and not isinstance(module, WIBReLU)]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == 'cuda'})
     try:
         for module, training in modes: module.training = training and isinstance(module, _BatchNorm)
-        with torch.no_grad(), torch.random.fork_rng(devices): yield
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices): yield
     finally:
         for module, training in modes: module.training = training
         with torch.no_grad():
@@ -459,17 +502,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 for buffer, value in zip(kept.values(), values, strict=True):
                     if buffer is not None and value is not None: buffer.copy_(value)
 
-# %% ../nbs/12_surgery.ipynb #ecafbe55
+# %% ../nbs/12_surgery.ipynb #50bfc3dc
 def _run(model: nn.Module, batch: Any) -> Any:
     "model(batch): a tensor, a tuple of arguments, or a mapping of named ones. `ValueError` where it does not fit the model."
     if isinstance(batch, Mapping): batch = dict(batch)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors: raise ValueError(f'batch={type(batch).__name__}: must be a tensor, or a tuple or dict of them')
     devices = {p.device for p in model.parameters()}
+    if len(devices) == 1 and not any(tensor.device in devices for tensor in tensors):  # some, such as lengths, may have to be elsewhere
+        raise ValueError(f'batch: is on {tensors[0].device}, the model on {devices.pop()}: move one to the other')
     for tensor in tensors:
         if not tensor.numel(): raise ValueError(f'batch of shape {tuple(tensor.shape)}: must not be empty')
-        if len(devices) == 1 and tensor.device not in devices:
-            raise ValueError(f'batch: is on {tensor.device}, the model on {devices.pop()}: move one to the other')
         if tensor.isnan().any(): raise ValueError('batch: must be numbers, but has NaN')  # infinities are usual in masks
     try:
         if isinstance(batch, dict): return model(**batch)
@@ -480,7 +523,7 @@ def _run(model: nn.Module, batch: Any) -> Any:
             hint = '; if the batch holds labels, give the inputs alone; a list that is one argument goes in a tuple, (list,)'
         raise ValueError(f'batch of shape {shapes}: the model does not take it: {error}{hint}') from error
 
-# %% ../nbs/12_surgery.ipynb #95ef68ed
+# %% ../nbs/12_surgery.ipynb #29384981
 class _Calibration:
     "One pass in which each unit sets its shift just before it acts, so that whatever comes later sees it calibrated."
     def __init__(self, model: nn.Module, per_channel: bool, gain: bool):
@@ -488,45 +531,53 @@ class _Calibration:
         self.units = {unit: name for name, unit in model.named_modules() if isinstance(unit, WIBReLU)}
         self.layers: dict[nn.Module, str] = {layer: name for name, layer in model.named_modules() if isinstance(layer, _SCALABLE)}
         self.rows: dict[nn.Module, dict[str, Any]] = {}
-        self.outputs: list[tuple[Any, nn.Module]] = []  # weak references to what the layers put out
+        self.outputs: list[tuple[Any, nn.Module, int]] = []  # weak references to what the layers put out, and its version
         self.shifts = {unit: unit.shift for unit in self.units}
         self.kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # of a rescaled layer: parameters and what they were
 
-    def hook(self) -> list[Any]:
-        return [*(layer.register_forward_hook(self.after_layer) for layer in self.layers),
-                *(unit.register_forward_pre_hook(self.before_unit) for unit in self.units)]
+    def run(self, batch: Any) -> None:
+        handles = [*(layer.register_forward_hook(self.after_layer) for layer in self.layers),
+                   *(unit.register_forward_pre_hook(self.before_unit) for unit in self.units)]
+        try:
+            with _undisturbed(self.model): _run(self.model, batch)
+        finally:
+            for handle in handles: handle.remove()
 
     @torch.no_grad()
     def undo(self) -> None:
         for unit, shift in self.shifts.items(): unit.set_shift(shift)
         for parameter, value in [pair for pairs in self.kept.values() for pair in pairs]: parameter.copy_(value)
 
-    def after_layer(self, layer: nn.Module, args: Any, output: Tensor) -> None: self.outputs.append((ref(output), layer))
+    def after_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor): self.outputs.append((ref(output), layer, output._version))
 
     def before_unit(self, unit: Any, args: tuple[Tensor, ...]) -> None:
         preact, name = args[0], self.units[unit]
-        layer = next((layer for output, layer in reversed(self.outputs) if output() is preact), None)
+        made = ((layer, version) for output, layer, version in reversed(self.outputs) if output() is preact)
+        layer, version = next(made, (None, 0))
         mean, std = _relu_moments(name, preact, layer, self.per_channel)
         new = dict(name=name, calls=0, mean=mean.mean().item(), std=std, layer='', scale=1.0, shift=0.0, note='', n=0)
         row = self.rows.setdefault(unit, new)
-        if self.gain and not row['calls']: mean = mean * _rescale(self, row, preact, layer)
+        if self.gain and not row['calls']: mean = mean * _rescale(self, row, preact, layer, version)
         n = row['n'] + preact.numel()
         row.update(calls=row['calls'] + 1, n=n, shift=row['shift'] + (mean - row['shift']) * (preact.numel() / n))
         unit.set_shift(row['shift'])
 
-# %% ../nbs/12_surgery.ipynb #291b4bf9
-def _why_not_to_scale(work: _Calibration, layer: nn.Module | None) -> str:
+# %% ../nbs/12_surgery.ipynb #cafa020f
+def _why_not_to_scale(work: _Calibration, preact: Tensor, layer: nn.Module | None, version: int) -> str:
     "The reason why a layer must not be scaled, or ''."
     if layer is None: return 'its input comes from no layer of its own'
     name, parameters = work.layers[layer], list(layer.parameters(recurse=False))
+    if preact._version != version: return f'what {name} put out was changed in place'  # by `out += x`, which leaves the object
     if layer in work.kept: return f'{name} was scaled for another unit'
     if not _owned(work.model, layer, ('weight', 'bias')): return f'{name} shares its parameters, or has them computed'
     if not parameters: return f'{name} has no parameters'
+    if not str(layer.forward.__module__).startswith('torch.nn.'): return f'{name} has a forward of its own'  # such as one that standardises
     return '' if all(p.requires_grad for p in parameters) else f'{name} is frozen'
 
-def _rescale(work: _Calibration, row: dict[str, Any], preact: Tensor, layer: nn.Module | None) -> float:
+def _rescale(work: _Calibration, row: dict[str, Any], preact: Tensor, layer: nn.Module | None, version: int) -> float:
     "Scales the layer, and with it this preact, so that the unit's output has a variance of 1; returns the scale. Else notes why not."
-    why = _why_not_to_scale(work, layer)
+    why = _why_not_to_scale(work, preact, layer, version)
     if layer is None or why:
         row['note'] = f'not scaled: {why}'
         return 1.0
@@ -537,50 +588,69 @@ def _rescale(work: _Calibration, row: dict[str, Any], preact: Tensor, layer: nn.
     if abs(scale - 1) < max(1e-4, torch.finfo(parameters[0].dtype).eps): scale = 1.0  # as good as rounding allows: leave it
     else:
         for tensor in (*parameters, preact): tensor.mul_(scale)
+        work.after_layer(layer, (), preact)  # in its new version
     row.update(layer=work.layers[layer], scale=scale)
     return scale
 
-# %% ../nbs/12_surgery.ipynb #a93023a2
+# %% ../nbs/12_surgery.ipynb #6836fbb2
+def _calibrate_again(work: _Calibration, batch: Any) -> None:
+    "Sets the shifts once more, all layers scaled, and notes the units that were scaled before another layer was."
+    again = _Calibration(work.model, work.per_channel, gain=False)
+    again.run(batch)
+    rounding = max(0.01, 4 * max(torch.finfo(p.dtype).eps for p in work.model.parameters() if p.is_floating_point()))
+    for unit, found in again.rows.items():
+        row, std = work.rows[unit], found['std']
+        row['shift'] = found['shift']
+        if row['layer'] and abs(std - 1) > rounding: row['note'] = f'scaled before a layer that it depends on was: its std is {std:.3g} now'
+
+# %% ../nbs/12_surgery.ipynb #d331f371
 def calibrate(
     model:nn.Module, # its `WIBReLU` units are set in place
     batch:Any, # inputs as the model takes them: a tensor, a tuple of arguments, or a mapping of named ones
     per_channel:bool=False, # a shift for each channel (dimension 1) in place of one number
     gain:bool=False, # first scale the layer before each unit so that the unit's output has variance 1
 ) -> pd.DataFrame:
-    """Eq. 7 on data: sets each unit's shift to the mean of its ReLU's output, in one forward pass, each unit after its predecessors.
-    Returns name, calls, mean and std (population) as found, layer, scale, shift, note (why a layer was not scaled). `ValueError` if
-    model or batch do not fit; the model is then as it was."""
+    """Eq. 7 on data: sets each unit's shift to the mean of its ReLU's output, in one forward pass, each unit after its predecessors
+    (with `gain` in a second one too, once layers were scaled). Returns name, calls, mean and std (population) as found, layer, scale,
+    shift, note (why a layer was not scaled, or not well). `ValueError` if model or batch do not fit; the model is then as it was."""
     _check_model(model, 'calibrate(model, batch)')
     work = _Calibration(model, per_channel, gain)
     if not work.units: raise ValueError('model: has no WIBReLU to calibrate; swap_activations puts them in')
-    handles = work.hook()
     try:
-        with _undisturbed(model): _run(model, batch)
+        work.run(batch)
         if not work.rows: raise ValueError('model: none of its WIBReLU units was called')
+        if any(row['scale'] != 1 for row in work.rows.values()): _calibrate_again(work, batch)
     except BaseException:
         work.undo()
         raise
-    finally:
-        for handle in handles: handle.remove()
     idle = [dict(name=name, calls=0, layer='', scale=1.0, shift=unit.shift, note='was not called')
             for unit, name in work.units.items() if unit not in work.rows]
     rows = [dict(row, shift=torch.as_tensor(row['shift']).mean().item()) for row in (*work.rows.values(), *idle)]
     return pd.DataFrame(rows).drop(columns='n')
 
-# %% ../nbs/12_surgery.ipynb #341799a3
+# %% ../nbs/12_surgery.ipynb #c3a3291f
+def _is_floating(output: Any) -> bool: return isinstance(output, Tensor) and output.is_floating_point()
+
+class _Look(ActivationRecorder):
+    "A recorder that leaves the last layer out if it puts out no tensor, as a recurrent one."
+    def _after(self, index: int, sign: bool, activation: nn.Module | None, layer: nn.Module, args: Any, output: Any) -> None:
+        if activation is not None or _is_floating(output): super()._after(index, sign, activation, layer, args, output)
+
+# %% ../nbs/12_surgery.ipynb #3a5b0b0b
 def diagnose(
     model:nn.Module, # any; left as it was
     batch:Any, # inputs as the model takes them: a tensor, a tuple of arguments, or a mapping of named ones
 ) -> pd.DataFrame:
-    """What each activation module, and the last layer, puts out on a batch, in the order of their calls: layer, type, mean, std
-    (population), second_moment, and as shares near_zero (|a| < 0.5) and inactive (preact <= 0: no gradient). `ValueError` if the batch
-    does not fit the model; a warning if it has no activation module."""
+    """What each activation module, and the last layer if it puts out a tensor, puts out on a batch, in the order of their calls: layer,
+    type, mean, std (population), second_moment, and as shares near_zero (|a| < 0.5) and inactive (preact <= 0: no gradient).
+    `ValueError` if the batch does not fit the model; a warning if it has no activation module."""
     _check_model(model, 'diagnose(model, batch)')
     if not any(isinstance(module, ACTIVATION_TYPES) for module in model.modules()):
         warnings.warn('diagnose: the model has no activation module; calls of F.relu show once they are swapped', stacklevel=2)
     order: dict[str, str] = {}
-    recorder = ActivationRecorder(model, when='always', near_zero=('near_zero_0.5',))
-    def note(name: str, module: nn.Module, *_: Any) -> None: order.setdefault(name, type(module).__name__)
+    recorder = _Look(model, when='always', near_zero=('near_zero_0.5',))
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if _is_floating(output): order.setdefault(name, type(module).__name__)
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules() if name in recorder.layers]
     try:
         with _undisturbed(model), recorder: _run(model, batch)
@@ -630,26 +700,43 @@ class ClampMin(nn.Module):
 
     def extra_repr(self) -> str: return f'floor={self.floor.item():.4g}' if not self.floor.dim() else f'floor=({len(self.floor)} channels)'
 
-# %% ../nbs/12_surgery.ipynb #c9d6d3de
+# %% ../nbs/12_surgery.ipynb #11b919af
 class _WholeModel(fx.Tracer):
     "Traces a whole model down to the layers of torch.nn and the activations."
+    def proxy(self, node: fx.Node) -> fx.Proxy: return _StandIn(node, self)
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, ACTIVATION_TYPES) or super().is_leaf_module(m, module_qualified_name)
 
-def _calls(model: nn.Module) -> dict[str, list[fx.Node]]:
-    "The calls of each module in evaluation, optional arguments at their defaults. `ValueError` if the model does not trace."
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+def _calls(model: nn.Module, training: bool) -> dict[str, list[fx.Node]]:
+    """The calls of each module and the readings of each parameter in one of the modes, optional arguments at their defaults.
+    `ValueError` if the model does not trace."""
+    buffers = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}  # a forward may count in one
+    tensors = {id(parameter): parameter for parameter in model.parameters()} | buffers
     defaults = {p.name: p.default for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty}
-    try: graph = _WholeModel().trace(copy.deepcopy(model, dict(tensors)).eval(), defaults)  # of a copy: a forward may keep what it sees
+    tracer, calls = _WholeModel(), defaultdict(list)
+    try:
+        looked_into = [part for part in model.modules() if not tracer.is_leaf_module(part, '')]
+        with _questions_refused(looked_into), torch.random.fork_rng(devices=[]), _no_draws():  # of a copy: a forward may keep what it sees
+            graph = tracer.trace(copy.deepcopy(model, dict(tensors)).train(training), defaults)
     except Exception as error: raise ValueError(f'model: {type(model).__name__} does not trace: {_first_line(error)}') from error
-    calls: dict[str, list[fx.Node]] = {name: [] for name, _ in model.named_modules()}
     for node in graph.nodes:
-        if node.op == 'call_module': calls[str(node.target)].append(node)
+        if node.op in ('call_module', 'get_attr'): calls[str(node.target)].append(node)
     return calls
 
-# %% ../nbs/12_surgery.ipynb #48526c09
+# %% ../nbs/12_surgery.ipynb #8d5182d0
 _FOLDABLE = (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm)
-_ADDITIONS = (operator.add, operator.iadd, torch.add, 'add', 'add_')
+_ADDITIONS = (operator.add, torch.add, 'add')
+
+def _adds_in_place(node: fx.Node) -> bool: return node.target == 'add_' or (node.target is _assign and 'iadd' in node.args)
+
+def _check_overwritten(node: fx.Node, modules: dict[str, nn.Module]) -> None:
+    "`ValueError` if others may read what a sum in place writes over: the caller, or whoever else holds it."
+    x: Any = node.args[0]
+    while True:
+        if len(x.users) > 1 or x.op in ('placeholder', 'get_attr'):
+            raise ValueError(f'its input is a sum written over {x}, which others may read')
+        if not _is_view(x, modules['']): return
+        x = x.args[0]
 
 def _layer_before(node: Any, reader: fx.Node, modules: dict[str, nn.Module]) -> str:
     "The name of the layer whose output goes to the reader of `node` alone, as it is or with something added; else `ValueError`."
@@ -657,7 +744,9 @@ def _layer_before(node: Any, reader: fx.Node, modules: dict[str, nn.Module]) -> 
     if others: raise ValueError(f"its input is read elsewhere too, by {', '.join(others)}")
     if node.op == 'call_module' and isinstance(modules[node.target], _FOLDABLE): return node.target
     if node.op == 'call_module' and isinstance(modules[node.target], nn.Identity): return _layer_before(node.args[0], node, modules)
-    if node.op in ('call_function', 'call_method') and node.target in _ADDITIONS and not node.kwargs:
+    in_place = _adds_in_place(node)
+    if node.op in ('call_function', 'call_method') and (node.target in _ADDITIONS or in_place) and not node.kwargs:
+        if in_place: _check_overwritten(node, modules)
         reasons = []
         for term in [term for term in node.args if isinstance(term, fx.Node) and node.args.count(term) == 1]:
             try: return _layer_before(term, node, modules)
@@ -665,26 +754,41 @@ def _layer_before(node: Any, reader: fx.Node, modules: dict[str, nn.Module]) -> 
         raise ValueError('; '.join(reasons) or 'its input is a sum with itself')
     raise ValueError(f'its input comes from {node}, which is no linear, convolutional or batch norm layer')
 
-# %% ../nbs/12_surgery.ipynb #ddc71f4d
-def _layer_to_fold(model: nn.Module, calls: dict[str, list[fx.Node]], name: str, checked: bool) -> str:
+# %% ../nbs/12_surgery.ipynb #413a45e0
+def _width(layer: Any) -> int:
+    "How many numbers the layer's bias has, whether it is there or not."
+    return next(getattr(layer, each) for each in ('out_channels', 'out_features', 'num_features') if hasattr(layer, each))
+
+def _layer_called(graphs: list[dict[str, list[fx.Node]]], name: str, modules: dict[str, nn.Module]) -> str:
+    "The name of the layer whose output, in each mode, goes to a unit alone, and whose bias nobody else reads; else `ValueError`."
+    times = max(len(calls[name]) for calls in graphs)  # a unit may be missing from one of the modes
+    if times != 1: raise ValueError(f'it is called {times} times')
+    found = sorted({_layer_before(node.args[0], node, modules) for calls in graphs for node in calls[name]})
+    if len(found) > 1: raise ValueError(f"its input comes from {' or '.join(found)}: from one in training, from the other in evaluation")
+    for calls in graphs:
+        times, readers = len(calls[found[0]]), [str(user) for node in calls[f'{found[0]}.bias'] for user in node.users]
+        if times > 1: raise ValueError(f'{found[0]} is called {times} times')
+        if times != len(calls[name]): raise ValueError(f'{found[0]} is called without it in one of training and evaluation')
+        if readers: raise ValueError(f"{found[0]}.bias is read elsewhere too, by {', '.join(readers)}")
+    return found[0]
+
+def _layer_to_fold(model: nn.Module, graphs: list[dict[str, list[fx.Node]]], name: str, checked: bool) -> str:
     "The name of the layer that can take the unit's shift into its bias. `ValueError` that says why there is none."
     modules: dict[str, Any] = dict(model.named_modules())
-    if len(calls[name]) != 1: raise ValueError(f'it is called {len(calls[name])} times')
-    [node] = calls[name]
-    target = _layer_before(node.args[0], node, modules)
+    target = _layer_called(graphs, name, modules)
     layer, unit = modules[target], modules[name]
-    if len(calls[target]) != 1: raise ValueError(f'{target} is called {len(calls[target])} times')
     if not _owned(model, layer, ('bias',)) or (isinstance(layer, _BatchNorm) and not layer.affine):
         raise ValueError(f'{target} has no bias of its own')
     if any(map(_has_hooks, (layer, unit))): raise ValueError(f'{target} or the unit carries hooks')
-    width = next(getattr(layer, each) for each in ('out_channels', 'out_features', 'num_features') if hasattr(layer, each))
+    width = _width(layer)
     if unit.shift.dim() and len(unit.shift) != width:
         raise ValueError(f"{target} has {width} channel{'s' * (width != 1)}, the shift {len(unit.shift)}")
     if isinstance(layer, nn.Linear) and unit.shift.dim() and not checked:
         raise ValueError(f'{target} may put out more than two dimensions; give a batch to check')
     return target
 
-# %% ../nbs/12_surgery.ipynb #2cdb3128
+# %% ../nbs/12_surgery.ipynb #c3cda377
+@torch.inference_mode(False)
 @torch.no_grad()
 def _fold(model: nn.Module, target: str, name: str) -> Callable[[], None]:
     "Moves the shift of a unit into the bias of a layer; returns what takes that back."
@@ -693,7 +797,7 @@ def _fold(model: nn.Module, target: str, name: str) -> Callable[[], None]:
     bias, shift = layer.bias, torch.as_tensor(unit.shift, dtype=layer.weight.dtype, device=layer.weight.device)
     kept = None if bias is None else bias.clone()
     holders = [(part, key) for part in model.modules() for key, child in part._modules.items() if child is unit]
-    if bias is None: layer.bias = nn.Parameter(-shift.expand(getattr(layer, 'out_channels', getattr(layer, 'out_features', 0))).clone())
+    if bias is None: layer.bias = nn.Parameter(-shift.expand(_width(layer)).clone())
     else: bias.sub_(shift)
     for part, key in holders: part._modules[key] = ClampMin(-shift).train(unit.training)
     @torch.no_grad()
@@ -703,12 +807,14 @@ def _fold(model: nn.Module, target: str, name: str) -> Callable[[], None]:
     return take_back
 
 def _same(before: Any, after: Any) -> bool:
-    "Whether two outputs agree to half the digits of their type: the folded sums are rounded otherwise."
+    """Whether two outputs agree to half the digits of their type: the folded sums are rounded otherwise. `ValueError` if there is
+    nothing to compare."""
     both = zip(tree_leaves(before), tree_leaves(after), strict=True)
     pairs = [(b, a) for b, a in both if isinstance(b, Tensor) and b.is_floating_point()]
+    if not pairs: raise ValueError('batch: the model puts out no floating tensor to compare')
     return all((b - a).abs().max() <= math.sqrt(torch.finfo(b.dtype).eps) * b.abs().max() for b, a in pairs)
 
-# %% ../nbs/12_surgery.ipynb #6cd7ef7b
+# %% ../nbs/12_surgery.ipynb #dbe62849
 def fold_shift(
     model:nn.Module, # changed in place; its function stays the same
     batch:Any=None, # inputs on which to check that it does, as the model takes them
@@ -719,20 +825,23 @@ def fold_shift(
     _check_model(model, 'fold_shift(model, batch)')
     units = [name for name, module in model.named_modules() if isinstance(module, WIBReLU)]
     if not units: raise ValueError('model: has no WIBReLU to fold')
-    calls, rows, undo = _calls(model), [], list[Callable[[], None]]()
+    graphs, rows, undo, note = [_calls(model, False)], [], list[Callable[[], None]](), ''
+    try: graphs.append(_calls(model, True))
+    except ValueError as error: note = f'in evaluation; whether in training too is not known: {error}'
     def output() -> Any:
         with _undisturbed(model): return None if batch is None else _run(model.eval(), batch)
     before = output()
     try:
         for name in units:
-            try: target = _layer_to_fold(model, calls, name, batch is not None)
+            try: target = _layer_to_fold(model, graphs, name, batch is not None)
             except ValueError as error: rows.append(dict(name=name, layer='', folded=False, note=str(error)))
             else:
                 undo.append(_fold(model, target, name))
-                rows.append(dict(name=name, layer=target, folded=True, note=''))
+                rows.append(dict(name=name, layer=target, folded=True, note=note))
         reasons = [f"{_named(row['name'])}: {row['note']}" for row in rows]
         if not undo: raise ValueError('; '.join(['model: no shift can be folded exactly', *reasons]))
-        if not _same(before, output()): raise ValueError('batch: the folded model puts out something else, so it was left unfolded')
+        if batch is not None and not _same(before, output()):
+            raise ValueError('batch: the folded model puts out something else, so it was left unfolded')
     except BaseException:
         for take_back in reversed(undo): take_back()
         raise

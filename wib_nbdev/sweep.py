@@ -8,20 +8,22 @@ __all__ = ['ARMS', 'PAPER_ARMS', 'WATCHED', 'RATES', 'Record', 'N_TRAIN', 'grid'
            'Outcome', 'keep', 'run_sweep', 'load_results', 'committed_results', 'write_results', 'restore_runs',
            'estimate_seconds']
 
-# %% ../nbs/09_sweep.ipynb #685dba6d
+# %% ../nbs/09_sweep.ipynb #0b76b985
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,7 @@ from tqdm.auto import tqdm
 from .activations import CENTRED_GAIN
 from .config import NUMBERS, TrainConfig, one_of
 from .data import ImageDataset, load
+from .recorder import NEAR_ZERO
 from .training import RunResult, train
 
 # %% ../nbs/09_sweep.ipynb #30da9203
@@ -97,12 +100,12 @@ def with_arms(
     keyed = [frame.assign(**{name: frame[name].astype(float) for name in ('gain', 'shift')}) for frame in (results.runs, arms)]
     return results._replace(runs=keyed[0].merge(keyed[1], on=shape))
 
-# %% ../nbs/09_sweep.ipynb #8e003805
+# %% ../nbs/09_sweep.ipynb #15bdc215
 def arm_table(
     results:Results, # of `load_results`
 ) -> pd.DataFrame:
-    "The last epoch of each arm: mean and standard deviation over seeds of loss (nats) and accuracy (share), by data set and split."
-    runs = with_arms(results).runs
+    "The last epoch of each arm: mean and standard deviation over finished runs of loss (nats) and accuracy (share), by data set and split."
+    runs = with_arms(results).runs.query("status == 'finished'")
     last = results.epochs[results.epochs['epoch'] == results.epochs.groupby('key')['epoch'].transform('max')]
     joined = last.merge(runs[['key', 'arm', 'dataset', 'seed']], on='key')
     joined['arm'] = pd.Categorical(joined['arm'], list(ARMS), ordered=True)
@@ -140,7 +143,7 @@ def watch(
     "`record` of both plans: every second iteration of three seeds of the arms in `WATCHED`, nothing of the others."
     return {'every': 2} if config in _watched() else False
 
-# %% ../nbs/09_sweep.ipynb #7d094731
+# %% ../nbs/09_sweep.ipynb #a4b1bcb8
 @lru_cache(maxsize=1)
 def _commit() -> str:
     "The commit that the library was checked out from, with a + if it was edited since; '' for an installed one."
@@ -149,8 +152,10 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     try:
         if not git('ls-files', 'sweep.py'): return ''  # installed below somebody else's repository
-        return git('log', '-1', '--format=%h', '--abbrev=7') + '+' * bool(git('status', '--porcelain', '--', '.'))
+        return git('log', '-1', '--format=%h', '--abbrev=7') + '+' * bool(git('status', '--porcelain', '--', '.', ':!results'))
     except (OSError, subprocess.CalledProcessError): return ''
+
+def _library() -> dict[str, Any]: return {'numbers': NUMBERS, 'commit': _commit()}
 
 def _to_table(result: RunResult, seconds: float) -> pa.Table:
     "A run as one row: its frames nested, its config and environment as JSON."
@@ -158,9 +163,9 @@ def _to_table(result: RunResult, seconds: float) -> pa.Table:
     row = dict(
         key=result.config.key,
         config=json.dumps(asdict(result.config), sort_keys=True),
-        environment=json.dumps({'numbers': NUMBERS, 'commit': _commit(), **result.environment}, sort_keys=True),
+        environment=json.dumps({**_library(), **result.environment}, sort_keys=True),
         status=result.status,
-        seconds=seconds,
+        seconds=float(seconds),
         epochs=result.epochs.to_dict('records'),
         layers=layers.to_dict('records'),
     )
@@ -170,7 +175,20 @@ def _to_table(result: RunResult, seconds: float) -> pa.Table:
 class DamagedRun(ValueError):
     "A run's file does not hold what was written."
 
-# %% ../nbs/09_sweep.ipynb #4f5b21fd
+# %% ../nbs/09_sweep.ipynb #11e459e4
+@contextmanager
+def _in_place_of(path: Path) -> Iterator[Any]:
+    "A binary file with a temporary name, which takes the place of `path` once it is whole on the disk."
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
+
+# %% ../nbs/09_sweep.ipynb #cbfb0a90
 def write_run(
     result:RunResult, # a run that ended
     store:Path, # the folder of runs
@@ -178,36 +196,52 @@ def write_run(
 ) -> Path:
     "Writes a run's file: under a temporary name, flushed to the disk, then renamed, so that under its own name it is whole or not there."
     path = store / f'{result.config.key}.parquet'
-    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            pq.write_table(_to_table(result, seconds), file, compression='zstd', write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _in_place_of(path) as file: pq.write_table(_to_table(result, seconds), file, compression='zstd', write_page_checksum=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror or error
         raise SweepError(f'{path} was not written ({reason}): make room, then run the sweep again; it goes on where it was') from error
     return path
 
-# %% ../nbs/09_sweep.ipynb #18737dee
+# %% ../nbs/09_sweep.ipynb #13dab26f
+_TYPES = {
+    **dict.fromkeys(('key', 'config', 'environment', 'status', 'split', 'layer'), pa.string()),
+    **dict.fromkeys(('epoch', 'iteration'), pa.int64()),
+    **dict.fromkeys(('seconds', 'loss', 'accuracy', 'mean', 'std', 'inactive', *NEAR_ZERO), pa.float64()),
+}
+
+def _strange_columns(schema: pa.Schema) -> list[str]:
+    "What no run has: a column of another name or type. Parquet's checksums cover values; names and types lie outside of them."
+    nested = [schema.field(name).type.value_type for name in ('epochs', 'layers')]
+    plain = [field for field in schema if field.name not in ('epochs', 'layers')]
+    plain += [field for inner in nested if not pa.types.is_null(inner) for field in inner]  # null: nothing was recorded
+    return [str(field) for field in plain if _TYPES.get(field.name) != field.type]
+
+# %% ../nbs/09_sweep.ipynb #c90a3ff7
 def read_run(
     path:Path, # a file of the store
 ) -> dict[str, Any]:
-    "A run's row, its pages' checksums verified and its key recomputed from its config; `DamagedRun` for a file that is not whole."
+    """A run's row, its pages' checksums verified and its key recomputed from its config. `DamagedRun` for a file that is not whole,
+    `SweepError` for one that the system does not let us read."""
     try:
-        row = pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist()[0]
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        if strange := _strange_columns(table.schema): raise ValueError(f'it has a column {strange[0]}')
+        row = table.to_pylist()[0]
         row['config'], row['environment'] = json.loads(row['config']), json.loads(row['environment'])
         if not row['key'] == path.stem: raise ValueError(f"it holds the run {row['key']!r}")
         current = row['environment']['numbers'] == NUMBERS
         if current and TrainConfig(**row['config']).key != row['key']: raise ValueError('its config has another key')
+    except MemoryError: raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # pyarrow's own complaints about a page have no number
+            raise SweepError(f'{path} could not be read ({error.strerror})') from error
         raise DamagedRun(f'{path} is damaged ({type(error).__name__}: {error}): delete it and run the sweep again') from error
     return row
 
-# %% ../nbs/09_sweep.ipynb #6f2e6977
+# %% ../nbs/09_sweep.ipynb #667d9e6e
 Record = bool | dict[str, Any] | Callable[[TrainConfig], bool | dict[str, Any]]  # of every run, or a function from a config to it
+
+def _record_of(config: TrainConfig, record: Record) -> bool | dict[str, Any]: return record(config) if callable(record) else record
 
 # %% ../nbs/09_sweep.ipynb #07fafa5e
 @lru_cache(maxsize=2)
@@ -223,38 +257,54 @@ class Outcome(NamedTuple):
     error: str
     seconds: float
 
-# %% ../nbs/09_sweep.ipynb #94b5d81e
+# %% ../nbs/09_sweep.ipynb #6d6fad45
+_ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have several threads, but torch has one number of threads for all of them
+
 def _run_one(config: TrainConfig, record: bool | dict[str, Any], root: str | None) -> Outcome:
     "One run in a worker, on one thread: measured faster than one run on all threads, and the numbers do not depend on `n_jobs`."
-    threads, clock = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)
-    try:
-        result = train(config, _load_once(config.dataset, config.sample, root), record, progress=False)
-        return Outcome(config, replace(result, model=None, losses=None), '', time.perf_counter() - clock)
-    except Exception: return Outcome(config, None, traceback.format_exc(), time.perf_counter() - clock)
-    finally: torch.set_num_threads(threads)
+    with _ONE_AT_A_TIME:
+        threads, clock = torch.get_num_threads(), time.perf_counter()
+        torch.set_num_threads(1)
+        try:
+            result = train(config, _load_once(config.dataset, config.sample, root), record, progress=False)
+            result = replace(result, model=None, losses=None, environment={**_library(), **result.environment})
+            return Outcome(config, result, '', time.perf_counter() - clock)
+        except Exception: return Outcome(config, None, traceback.format_exc(), time.perf_counter() - clock)
+        finally: torch.set_num_threads(threads)
 
-# %% ../nbs/09_sweep.ipynb #a203ea03
-@contextmanager
-def _backend(cluster: Any) -> Iterator[None]:
-    "loky's processes on this machine, or the workers of a Dask cluster, given as an address or a Client."
-    if cluster is None:
-        with parallel_config(backend='loky'): yield
-        return
-    try: from distributed import Client
-    except ImportError as error: raise SweepError("cluster=...: needs Dask; install it with pip install 'wib_nbdev[cluster]'") from error
-    try: client = Client(cluster, timeout=10) if isinstance(cluster, str) else cluster
-    except OSError as error: raise SweepError(f'cluster={cluster!r}: no Dask scheduler answers there ({error})') from error
-    with client.as_current(), parallel_config(backend='dask', wait_for_workers_timeout=60): yield
-    if client is not cluster: client.close()
-
-# %% ../nbs/09_sweep.ipynb #3051f66f
-def _outcomes(configs: Sequence[TrainConfig], n_jobs: int, cluster: Any, record: Record, root: str | None) -> Iterator[Outcome]:
-    "Outcomes as they come, each the moment its run ends."
-    with _backend(cluster):
+# %% ../nbs/09_sweep.ipynb #cd60885f
+def _here(configs: Sequence[TrainConfig], n_jobs: int, record: Record, root: str | None) -> Iterator[Outcome]:
+    "Outcomes from loky's processes on this machine, each the moment its run ends."
+    with parallel_config(backend='loky'):
         # One run a task: a batch of short runs would reach the store only together.
         pool = Parallel(n_jobs=n_jobs, return_as='generator_unordered', batch_size=1)
-        yield from pool(delayed(_run_one)(config, record(config) if callable(record) else record, root) for config in configs)
+        yield from pool(delayed(_run_one)(config, _record_of(config, record), root) for config in configs)
+
+# %% ../nbs/09_sweep.ipynb #b587d511
+@contextmanager
+def _client(cluster: Any) -> Iterator[Any]:
+    "The Dask client that was given, or one for an address."
+    try: from distributed import Client
+    except ImportError as error: raise SweepError("cluster=...: needs Dask; install it with pip install 'wib_nbdev[cluster]'") from error
+    if not isinstance(cluster, str):
+        yield cluster
+        return
+    try: client = Client(cluster, timeout=10)
+    except OSError as error: raise SweepError(f'cluster={cluster!r}: no Dask scheduler answers there ({error})') from error
+    with client: yield client
+
+def _on_cluster(configs: Sequence[TrainConfig], cluster: Any, record: Record, root: str | None) -> Iterator[Outcome]:
+    "Outcomes from the workers of a Dask cluster, each the moment its run ends. A run whose workers keep dying is one with an error."
+    with _client(cluster) as client:
+        from distributed import as_completed
+        if not client.nthreads(): print('no worker has joined the cluster yet: waiting for one', file=sys.stderr)
+        tasks = {client.submit(_run_one, config, _record_of(config, record), root, pure=False): config for config in configs}
+        for future in as_completed(list(tasks)):
+            config = tasks.pop(future)  # and so lets the cluster forget the result
+            try: outcome = future.result()
+            except CancelledError as error: raise SweepError('the Dask scheduler is gone: start it, then run the sweep again') from error
+            except Exception: outcome = Outcome(config, None, traceback.format_exc(), 0.0)
+            yield outcome
 
 # %% ../nbs/09_sweep.ipynb #e624ee2f
 @contextmanager
@@ -265,33 +315,43 @@ def _only_driver(store: Path) -> Iterator[None]:
         with FileLock(store / '.lock', timeout=0): yield
     except Timeout: raise SweepError(f'{store}: another sweep is writing there; wait for it, or use another folder') from None
 
-# %% ../nbs/09_sweep.ipynb #06d3af2b
-def _finished(store: Path, configs: Sequence[TrainConfig]) -> set[str]:
-    "The keys of `configs` that the store has. Damaged files are set aside with a warning; runs of another torch are refused."
-    here = {name: metadata.version(name) for name in ('torch', 'numpy')}
-    found = set()
-    for path in (store / f'{config.key}.parquet' for config in configs):
+# %% ../nbs/09_sweep.ipynb #803b420d
+def _refuse_other_versions(made_with: dict[str, Any], what: str, advice: str) -> None:
+    "`SweepError` unless a run comes from the same numbers, torch and numpy as one made here would."
+    here = {'numbers': NUMBERS, **{name: metadata.version(name) for name in ('torch', 'numpy')}}
+    there = {name: made_with.get(name, here[name]) for name in here}
+    if there != here: raise SweepError(f'{what} {there}, here are {here}: {advice}')
+
+def _finished(store: Path, configs: Sequence[TrainConfig], record: Record) -> set[str]:
+    """The keys of `configs` that the store has, layers and all. Damaged files are set aside with a warning; runs of another torch are
+    refused."""
+    found, bare = set(), 0
+    for config in configs:
+        path = store / f'{config.key}.parquet'
         if not path.exists(): continue
         try: row = read_run(path)
         except DamagedRun as error:
             path.rename(path.with_suffix('.damaged'))
             warnings.warn(f'{error}; it was set aside as {path.stem}.damaged and runs again', stacklevel=3)
             continue
-        there = {name: row['environment'][name] for name in here}
-        if there != here: raise SweepError(f'{store} holds runs of {there}, here are {here}: use another folder, or those versions')
-        found.add(path.stem)
+        _refuse_other_versions(row['environment'], f'{store} holds runs of', 'use another folder, or those versions')
+        if _record_of(config, record) and not row['layers']: bare += 1
+        else: found.add(path.stem)
+    if bare: warnings.warn(f'{bare} runs in {store} were made without watching their layers, and run again', stacklevel=3)
     return found
 
-# %% ../nbs/09_sweep.ipynb #0c2daac1
+# %% ../nbs/09_sweep.ipynb #60608b8a
 def keep(
     outcome:Outcome, # what a worker sent back
     store:Path, # the folder of runs
 ) -> None:
-    "Writes a run's file, or its error's text beside where the file would be."
+    "Writes a run's file, or its error's text beside where the file would be. `SweepError` for a run of other versions than these."
     error_file = store / f'{outcome.config.key}.error.txt'
     if outcome.result is None:
         error_file.write_text(outcome.error)
         return
+    advice = 'install the same versions on every machine'
+    _refuse_other_versions(outcome.result.environment, f'the worker that ran {outcome.config.key} has', advice)
     write_run(outcome.result, store, outcome.seconds)
     error_file.unlink(missing_ok=True)
 
@@ -302,18 +362,19 @@ def _last_words(outcome: Outcome) -> str:
     if outcome.result.status != 'finished': return f'{name}: {outcome.result.status}'
     return f"{name}: valid accuracy {outcome.result.epochs['accuracy'].iloc[-1]:.3f}"
 
-# %% ../nbs/09_sweep.ipynb #f8893949
+# %% ../nbs/09_sweep.ipynb #cb56b668
 def _run_all(
-    todo: dict[str, TrainConfig], store: Path, n_jobs: int, cluster: Any, record: Record, root: str | None, bar: tqdm,
+    todo: dict[str, TrainConfig], store: Path, bar: tqdm, outcomes: Callable[[Sequence[TrainConfig]], Iterator[Outcome]],
 ) -> dict[str, str]:
     "Empties `todo` into the store; returns errors by key. A pool whose worker died is replaced, twice at most with no run ended between."
     failed: dict[str, str] = {}
     deaths = 0
     while todo:
         try:
-            for outcome in _outcomes(list(todo.values()), n_jobs, cluster, record, root):
+            for outcome in outcomes(list(todo.values())):
                 key = outcome.config.key
-                if outcome.result is not None and outcome.result.status == 'interrupted': continue
+                # Ctrl-C met the run and not the driver: it ran in this very process, or the signal went to a worker alone.
+                if outcome.result is not None and outcome.result.status == 'interrupted': raise KeyboardInterrupt
                 todo.pop(key)
                 deaths = 0
                 if outcome.result is None: failed[key] = outcome.error
@@ -326,7 +387,7 @@ def _run_all(
             raise SweepError(f'a worker died three times with no run ended between (memory?): {len(todo)} runs are left') from error
     return failed
 
-# %% ../nbs/09_sweep.ipynb #dc783924
+# %% ../nbs/09_sweep.ipynb #89ee798e
 def run_sweep(
     configs:Sequence[TrainConfig], # the runs; the same config twice is one run
     out:str | Path, # the store: a folder, one file a finished run
@@ -340,18 +401,22 @@ def run_sweep(
     "Runs what the store lacks; returns what of `configs` is finished. A run's error is kept in the store; `SweepError` ends a sweep."
     store = Path(out)
     configs = list({config.key: config for config in configs}.values())
-    root = None if root is None else str(Path(root).absolute())
+    data = None if root is None else str(Path(root).absolute())
+    outcomes = partial(_here, n_jobs=n_jobs, record=record, root=data)
+    if cluster is not None: outcomes = partial(_on_cluster, cluster=cluster, record=record, root=data)
+    if (store / 'runs.csv').exists(): raise SweepError(f'{store} holds merged results, not runs: use another folder')
     with _only_driver(store):
         for leftover in store.glob('*.tmp'): leftover.unlink()  # of a driver that was killed while it wrote
-        finished = _finished(store, configs)
+        finished = _finished(store, configs, record)
         todo = {config.key: config for config in configs if config.key not in finished}
         with tqdm(total=len(configs), initial=len(finished), unit='run', disable=not progress) as bar:
-            try: failed = _run_all(todo, store, n_jobs, cluster, record, root, bar)
+            try: failed = _run_all(todo, store, bar, outcomes)
             except KeyboardInterrupt:
-                done = len(configs) - len(todo)
+                done = sum((store / f'{config.key}.parquet').exists() for config in configs)
                 print(f'interrupted: {done} of {len(configs)} runs are in {store}; run the same sweep again to go on', file=sys.stderr)
                 raise
     for key, error in failed.items(): print(f'failed: {key}: {error.strip().splitlines()[-1]} (whole in {key}.error.txt)', file=sys.stderr)
+    if failed and len(failed) == len(configs): raise SweepError(f'no run worked; what went wrong stands in {store}/*.error.txt')
     return load_results(store, [config.key for config in configs if config.key not in failed])
 
 # %% ../nbs/09_sweep.ipynb #54401a75
@@ -367,20 +432,23 @@ def _frames(rows: Sequence[dict[str, Any]]) -> Results:
     nested = {name: [{'key': row['key'], **record} for row in rows for record in row[name]] for name in ('epochs', 'layers')}
     return Results(runs, pd.DataFrame(nested['epochs']), pd.DataFrame(nested['layers']))
 
-# %% ../nbs/09_sweep.ipynb #9eb73103
+# %% ../nbs/09_sweep.ipynb #a5a74c5b
 def load_results(
     path:str | Path | None=None, # a store, or a folder of merged results; else WIB_RESULTS, else the copy inside the package
     keys:Collection[str] | None=None, # which runs; all if None
 ) -> Results:
-    "Runs, epochs and layers of a store or of merged results; `FileNotFoundError` if there are none, `DamagedRun` for a bad file."
+    """Runs, epochs and layers of a store or of merged results. `FileNotFoundError` if there are none, `DamagedRun` for a bad file,
+    `SweepError` for runs of several versions of torch, numpy or this library's numbers."""
     folder = Path(path or os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results'))
-    if (folder / 'runs.csv').exists(): results = _read_merged(folder)
+    if (folder / 'runs.csv').exists(): results = _read_whole(folder)
     else: results = _frames([read_run(file) for file in sorted(folder.glob('*.parquet')) if keys is None or file.stem in keys])
     if keys is not None: results = Results(*(frame[frame['key'].isin(list(keys))] if len(frame) else frame for frame in results))
     if results.runs.empty: raise FileNotFoundError(f'{folder} holds no runs: name another folder, or run a sweep')
+    versions = results.runs[['numbers', 'torch', 'numpy']].drop_duplicates().to_dict('records')
+    if len(versions) > 1: raise SweepError(f"{folder} mixes runs of {' and of '.join(map(str, versions))}: keep them in a folder each")
     return results
 
-# %% ../nbs/09_sweep.ipynb #d0f69830
+# %% ../nbs/09_sweep.ipynb #7b17d087
 def committed_results() -> Results | None:
     "The committed full reproduction, without its layers; None where there is none."
     try: return load_results()
@@ -394,30 +462,41 @@ def _read_merged(folder: Path) -> Results:
     layers = folder / 'layers.parquet'
     return Results(runs, pd.read_parquet(folder / 'epochs.parquet'), pd.read_parquet(layers) if layers.exists() else pd.DataFrame())
 
-# %% ../nbs/09_sweep.ipynb #f67fd67d
+def _read_whole(folder: Path) -> Results:
+    "Merged results; `DamagedRun` if a file cannot be read, or if they do not belong together."
+    try:
+        results = _read_merged(folder)
+        if set(results.runs['key']) != set(results.epochs['key']): raise ValueError('runs.csv and epochs.parquet name different runs')
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedRun(f'the merged results in {folder} are damaged ({error}): get or merge them again') from error
+    return results
+
+# %% ../nbs/09_sweep.ipynb #88e07985
 def write_results(
     results:Results, # of `load_results`
     folder:str | Path, # where to write runs.csv, epochs.parquet and layers.parquet
 ) -> None:
-    "Writes merged results: a line a run, and the two long frames. The same results give the same bytes."
+    "Writes merged results: a line a run, and the two long frames, each file whole or not at all. The same results give the same bytes."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    results.runs.sort_values('key').to_csv(folder / 'runs.csv', index=False)
-    for name, frame in results._asdict().items():
-        if name == 'runs' or frame.empty: continue
+    layers = results.layers.astype({column: 'float32' for column in results.layers.select_dtypes('float64')})  # half the size
+    for path, frame in ((folder / 'epochs.parquet', results.epochs), (folder / 'layers.parquet', layers)):
         by = [column for column in ('key', 'iteration', 'epoch', 'split') if column in frame]
-        if name == 'layers': frame = frame.astype({column: 'float32' for column in frame.select_dtypes('float64')})  # half the size
-        frame.sort_values(by, kind='stable').to_parquet(folder / f'{name}.parquet', index=False, compression='zstd')
+        if frame.empty: path.unlink(missing_ok=True)
+        else:
+            with _in_place_of(path) as file: frame.sort_values(by, kind='stable').to_parquet(file, index=False, compression='zstd')
+    with _in_place_of(folder / 'runs.csv') as file: results.runs.sort_values('key').to_csv(file, index=False)  # last: it names the others
 
-# %% ../nbs/09_sweep.ipynb #1352cb18
+# %% ../nbs/09_sweep.ipynb #774380a4
 def restore_runs(
     folder:str | Path, # merged results
     store:str | Path, # the folder of runs to fill up
 ) -> int:
-    "Writes the runs that merged results hold and a store lacks into the store, so that a sweep goes on from them; returns how many."
+    """Writes the runs that merged results hold and a store lacks into the store, so that a sweep goes on from them; returns how many.
+    `SweepError` for runs of other versions than these."""
     results, store = load_results(folder), Path(store)
-    others = set(results.runs['numbers']) - {NUMBERS}
-    if others: raise SweepError(f'{folder} holds runs of numbers={others}, the library is at numbers={NUMBERS}: they cannot be mixed')
+    advice = 'they cannot be mixed; install those versions, or begin without these runs'
+    _refuse_other_versions(results.runs.iloc[0].to_dict(), f'{folder} holds runs of', advice)
     with _only_driver(store):
         lacking = results.runs[[not (store / f'{key}.parquet').exists() for key in results.runs['key']]]
         epochs, layers = (dict(list(frame.groupby('key'))) if len(frame) else {} for frame in results[1:])

@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'EPOCH_COLUMNS', 'RunResult', 'resolve_device', 'describe_environment', 'load_images', 'build_model',
            'build_optimizer', 'Batches', 'evaluate', 'train', 'figure_layers', 'figure_near_zero', 'TrainConfig']
 
-# %% ../nbs/08_training.ipynb #caf12a31
+# %% ../nbs/08_training.ipynb #52b321af
 import math
 import platform
 import sys
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .config import Device, Status, TrainConfig, one_of
-from .data import ImageDataset, channel_stats, holdout, load, standardise
+from .data import ImageDataset, channel_stats, holdout, load, _rescale, _scale_offset
 from .models import plain_cnn
 from .recorder import ActivationRecorder, plot_layer_stats, plot_near_zero
 from .style import panels
@@ -108,7 +108,7 @@ def build_optimizer(
     kind = torch.optim.Adam if config.optimizer == 'adam' else torch.optim.AdamW
     return kind(model.parameters(), betas=(config.momentum, 0.999), **shared)
 
-# %% ../nbs/08_training.ipynb #07364cb0
+# %% ../nbs/08_training.ipynb #b1bc255c
 class Batches:
     "Standardised batches of images that stay on the device as uint8: a quarter of float32's memory, and one gather a step."
     def __init__(
@@ -121,6 +121,7 @@ class Batches:
     ):
         self.x, self.y = x.contiguous(memory_format=torch.channels_last), y
         self.mean, self.std, self.batch_size = mean, std, batch_size
+        self._scale_offset = _scale_offset(self.x, mean, std)  # once: in every step, a GPU would be waited for
 
     def __len__(self) -> int: return math.ceil(len(self.x) / self.batch_size)
 
@@ -132,7 +133,7 @@ class Batches:
         for start in range(0, len(self.x), self.batch_size):
             part = slice(start, start + self.batch_size)
             index = part if order is None else order[part]
-            yield standardise(self.x[index], self.mean, self.std), self.y[index]
+            yield _rescale(self.x[index], *self._scale_offset), self.y[index]
 
 # %% ../nbs/08_training.ipynb #840893f1
 def evaluate(
@@ -197,7 +198,7 @@ LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'pool', 'flatten', 'dense')  # the
 
 EPOCH_COLUMNS = ['epoch', 'split', 'loss', 'accuracy', 'seconds']
 
-# %% ../nbs/08_training.ipynb #9407a5cb
+# %% ../nbs/08_training.ipynb #a50b0c07
 def _prepare(config: TrainConfig, images: ImageDataset, device: torch.device) -> tuple[nn.Module, Batches, Batches]:
     "The network and its training and validation batches, on the device."
     images = images.to(device)
@@ -215,11 +216,14 @@ def _recorder(config: TrainConfig, model: nn.Module, record: bool | dict[str, An
 
 @contextmanager
 def _same_numbers(device: torch.device) -> Iterator[None]:
-    "cuDNN picks the same, deterministic kernels every time; a CPU needs no help."
-    if device.type != 'cuda':
+    "cuDNN picks the same, deterministic kernels every time; a CPU needs no help. What else is set, such as TF32, stays as it is."
+    wanted = dict(enabled=True, benchmark=False, deterministic=True) if device.type == 'cuda' else {}
+    before = {name: getattr(torch.backends.cudnn, name) for name in wanted}
+    try:
+        for name, value in wanted.items(): setattr(torch.backends.cudnn, name, value)
         yield
-        return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True): yield
+    finally:
+        for name, value in before.items(): setattr(torch.backends.cudnn, name, value)
 
 # %% ../nbs/08_training.ipynb #106f2839
 def train(

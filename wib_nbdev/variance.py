@@ -96,7 +96,7 @@ def figure_3a(
     axes[0, 0].legend(frameon=False, ncols=3, loc='center right')
     return figure
 
-# %% ../nbs/01_variance.ipynb #56cad75e
+# %% ../nbs/01_variance.ipynb #19bbe20e
 def stacked_output_variance(
     fan_in:int, # inputs of a unit, in every layer
     weight_var:float, # variance of a weight
@@ -106,7 +106,8 @@ def stacked_output_variance(
     "The variance behind `depth` linear layers (paper, Eq. 4); inf if it is beyond float64. `ValueError` for a negative count or variance."
     check_number(depth, 'depth', low=0, integer=True)
     factor = linear_output_variance(fan_in, weight_var)
-    try: return factor**depth * check_number(input_var, 'input_var', low=0)
+    if check_number(input_var, 'input_var', low=0) == 0: return 0.0
+    try: return factor**depth * input_var
     except OverflowError: return math.inf
 
 # %% ../nbs/01_variance.ipynb #d93ac28d
