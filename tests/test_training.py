@@ -207,6 +207,11 @@ def test_config_survives_a_round_trip_through_its_fields():
     assert {each.name for each in fields(config)} == set(asdict(config))
 
 
+def test_numbers_of_numpy_are_numbers():
+    given, plain = TrainConfig(seed=np.int64(3), epochs=np.int32(2), lr=np.float32(0.5)), TrainConfig(seed=3, epochs=2, lr=0.5)
+    assert given == plain and given.key == plain.key
+
+
 def test_every_field_is_in_the_key():
     other = dict(
         dataset='cifar10', activation='elu', init='alexnet', gain=1.1, shift=0.1, epochs=3, batch_size=3, lr=0.1, optimizer='sgd',

@@ -63,7 +63,7 @@ Status = Literal['finished', 'diverged', 'interrupted']
 # %% ../nbs/00_config.ipynb #ea8e27bb
 NUMBERS = 1  # raised when a change of the code changes the numbers that a config gives
 
-# %% ../nbs/00_config.ipynb #e6a4cbf6
+# %% ../nbs/00_config.ipynb #b82cbab2
 @dataclass(frozen=True)
 class TrainConfig:
     "What one run is: frozen, hashable, checked when made (`ValueError`, `TypeError`). The defaults are the paper's Section 4, save for lr."
@@ -99,6 +99,7 @@ class TrainConfig:
         if self.shift is not None: check_number(self.shift, 'shift')
         for name in ('lr', 'momentum', 'weight_decay', 'gain', 'shift'):  # 1 and 1.0 are one learning rate, so they must be one key
             if getattr(self, name) is not None: object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ('epochs', 'batch_size', 'seed'): object.__setattr__(self, name, int(getattr(self, name)))  # also a number of NumPy's
         for name in ('compensate_bias', 'sample', 'amp', 'compile'):
             if not isinstance(getattr(self, name), bool): raise TypeError(f'{name}={getattr(self, name)!r}: must be True or False')
         if self.compensate_bias and self.activation != 'relu':
