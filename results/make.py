@@ -116,6 +116,7 @@ def main() -> None:
     results = sweep.load_results(options.store) if options.merge else run_full_plan(options.store, n_jobs=options.jobs, root=options.root)
     try: criteria_commit(set(results.runs['commit']))  # before anything is overwritten
     except ValueError as error: sys.exit(str(error))
+    except (OSError, subprocess.CalledProcessError, IndexError): sys.exit('needs git and a clone with its history: the criteria are there')
     sweep.write_results(results, HERE)
     sweep.write_results(results._replace(layers=pd.DataFrame()), SHIPPED)
     verdicts = judge(sweep.load_results(HERE))

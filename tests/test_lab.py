@@ -5,11 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 CONFIG = '''
@@ -19,15 +19,6 @@ c.ServerApp.allow_root = True
 c.IdentityProvider.token = ''
 c.LabServerApp.news_url = None
 '''
-
-
-def wait(condition, seconds: float):
-    "The first true value of the condition."
-    until = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < until, f'nothing after {seconds} s'
-        time.sleep(0.3)
-    return value
 
 
 @pytest.fixture(scope='module')
@@ -47,9 +38,9 @@ def lab(tmp_path_factory):
     with open(copy / 'log', 'w') as log:
         server = subprocess.Popen(['make', 'lab'], cwd=copy, env=ours | places, stdout=log, stderr=log, start_new_session=True)
     try:
-        found = wait(lambda: list(copy.glob('runtime/jpserver-*.json')) or server.poll() is not None, 60)
+        found = wait_for(lambda: list(copy.glob('runtime/jpserver-*.json')) or server.poll() is not None, 60)
         assert server.poll() is None and found, (copy / 'log').read_text()
-        url = wait(lambda: json.loads(found[0].read_text() or '{}').get('url'), 10)
+        url = wait_for(lambda: json.loads(found[0].read_text() or '{}').get('url'), 10)
         yield url, copy
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -60,7 +51,7 @@ def lab(tmp_path_factory):
 def test_the_first_notebook_runs_from_top_to_bottom(lab, browser):
     url, copy = lab
     page = browser.new_page(viewport={'width': 1280, 'height': 900})
-    redirect = wait(lambda: list(copy.glob('runtime/*file-to-run*')), 30)
+    redirect = wait_for(lambda: list(copy.glob('runtime/*file-to-run*')), 30)
     page.goto(redirect[0].as_uri())  # what JupyterLab opens in one's own browser
     page.locator('.jp-MarkdownOutput h1').first.wait_for(timeout=60_000)
     page.get_by_role('menuitem', name='Run', exact=True).click()
@@ -72,7 +63,7 @@ def test_the_first_notebook_runs_from_top_to_bottom(lab, browser):
         page.keyboard.press('Control+s')
         page.wait_for_timeout(1000)
         return [cell for cell in ask('contents/index.ipynb')['content']['cells'] if cell['cell_type'] == 'code']
-    wait(lambda: all(cell['execution_count'] for cell in cells()) and ask('kernels')[0]['execution_state'] == 'idle', 240)
+    wait_for(lambda: all(cell['execution_count'] for cell in cells()) and ask('kernels')[0]['execution_state'] == 'idle', 240)
     ran = cells()
     assert [cell['execution_count'] for cell in ran] == list(range(1, len(ran) + 1))
     assert [output for cell in ran for output in cell['outputs'] if output['output_type'] == 'error'] == []

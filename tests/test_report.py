@@ -177,7 +177,7 @@ path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try: report.write_report(claims.NOTHING, path)
 except OSError as error: print(error.strerror, sorted(each.name for each in path.parent.iterdir()), path.read_text(), flush=True)
-os.mkfifo(path.with_name(f'.{path.name}.{os.getpid()}.tmp'))
+os.mkfifo(path.with_name(f'{path.name}.{os.getpid()}.tmp'))
 print('pipe', flush=True)
 report.write_report(claims.NOTHING, path)
 '''
@@ -190,7 +190,7 @@ def test_half_written_never(tmp_path):
     process = subprocess.Popen([sys.executable, '-c', WRITER, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "File too large ['report.html'] the old one"
     assert process.stdout.readline().strip() == 'pipe'
-    with open(tmp_path / f'.report.html.{process.pid}.tmp', 'rb') as pipe:
+    with open(tmp_path / f'report.html.{process.pid}.tmp', 'rb') as pipe:
         assert pipe.read(1000).startswith(b'<!doctype html>')
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

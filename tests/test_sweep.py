@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import pytest
+from waiting import wait_for
 
 from wib_nbdev import sweep
 from wib_nbdev.config import TrainConfig
@@ -373,15 +374,6 @@ def start_cluster(tmp_path):
         return Cluster(address, scheduler, workers, started[-1], store)
     yield start
     for process in started: process.kill()
-
-
-def wait_for(condition, seconds: float = 60):
-    "The first true value of the condition."
-    deadline = time.time() + seconds
-    while not (value := condition()):
-        assert time.time() < deadline, f'not within {seconds} s'
-        time.sleep(0.02)
-    return value
 
 
 def address_in(scheduler_file: Path) -> str | None:

@@ -7,10 +7,9 @@ __all__ = ['LEVELS', 'FIGURES', 'ENVIRONMENT', 'CONTENTS', 'setups', 'guess_sett
            'trust', 'as_svg', 'PaperFigure', 'measured_differences', 'difference_table', 'figure_beside', 'last_epochs',
            'provenance', 'core_hours', 'run_table', 'render', 'write_report']
 
-# %% ../nbs/13_report.ipynb #fe56c7d2
+# %% ../nbs/13_report.ipynb #27e6ed91
 import io
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from .initializers import figure_3b
 from .mean_shift import figure_4
 from .models import figure_6
 from .style import panels
-from .sweep import ARMS, Results
+from .sweep import ARMS, Results, _in_place_of
 from .training import RunResult, figure_layers, figure_near_zero
 from .variance import figure_2, figure_3a
 
@@ -648,7 +647,7 @@ def _pictures(evidence: Evidence, verdicts: pd.DataFrame, reference: Results | N
                 differences=difference_table(differences), figures=_drawn(evidence, verdicts), rates=_rates(evidence),
                 reference=_reference(evidence, reference))
 
-# %% ../nbs/13_report.ipynb #3b2aff8c
+# %% ../nbs/13_report.ipynb #a5b5b0b3
 def write_report(
     results:Results, # of `sweep.load_results`
     path:str | Path, # the file; its folder is made if need be
@@ -659,12 +658,5 @@ def write_report(
     if path.exists() and not path.is_file(): raise OSError(f'{path}: not a regular file; name a file to write')
     page, target = render(results, **options), path.resolve()  # a symlink stays, what it points to is written
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'w', encoding='utf-8') as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally: temporary.unlink(missing_ok=True)
+    with _in_place_of(target) as file: file.write(page.encode())
     return path
