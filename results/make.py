@@ -62,8 +62,8 @@ def readme(results: sweep.Results) -> str:
 # The full reproduction
 
 Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256. {len(runs)} runs, together {hours:.1f} hours of one thread.
-{whole} of the {len(planned)} planned runs are here, and {len(runs) - whole} at the best rates that follow from them.
-The same command does what is lacking:
+{whole} of the {len(planned)} planned runs are here, and {len(runs) - whole} more at the best rates that follow from them: ten for each
+arm and data set, save where the best rate is the main one, whose runs serve for both. The command that makes them, or what is lacking:
 
 ```bash
 make results      # or, on a cluster, wib-nbdev reproduce --preset paper --cluster tcp://HOST:8786, then python results/make.py --merge
