@@ -3,8 +3,9 @@
     python benchmarks/training.py --root data --rounds 3 --out training.json
 
 Every rival trains the same plain CNN (channels_last) with Adam on 60,000 images in batches of 256 and validates on 10,000, as its users
-write it. Rounds take turns, so that a slow moment of the machine meets them all; the table has the least seconds of each. The floor is
-forward, backward and step on one fixed batch, as many times as an epoch has batches. Rivals whose package is missing are named.
+write it. Rounds take turns, so that a slow moment of the machine meets them all; the table has the least seconds of each. The clock runs
+from the tensors or data sets in memory and all imports done to the end of validation, for every rival alike. The floor is forward,
+backward and step on one fixed batch, as many times as an epoch has batches. Rivals whose package is missing are named.
 """
 import importlib.util
 import json
@@ -70,29 +71,36 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y:
     optimizer.step()
 
 
-def floor(root: Path) -> None:
+Epoch = Callable[[], object]  # what the clock runs over; each rival below imports and loads what it needs, then returns one
+
+
+def floor(root: Path) -> Epoch:
     x, y, *_ = tensors(root)
     x, y, model = x[:BATCH].to(memory_format=torch.channels_last), y[:BATCH], network()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-    clock = time.perf_counter()
-    for _ in range(235): step(model, optimizer, x, y)
-    with torch.no_grad():
-        for _ in range(40): model(x)
-    floor.seconds = time.perf_counter() - clock
+    def epoch() -> None:
+        for _ in range(235): step(model, optimizer, x, y)
+        with torch.no_grad():
+            for _ in range(40): model(x)
+    return epoch
 
 
-def ours(record: bool) -> Callable[[Path], None]:
-    def run(root: Path) -> None: train(TrainConfig(epochs=1, device='cpu'), load('fashion_mnist', root), record=record, progress=False)
-    return run
+def ours(record: bool) -> Callable[[Path], Epoch]:
+    def prepare(root: Path) -> Epoch:
+        images = load('fashion_mnist', root)
+        return lambda: train(TrainConfig(epochs=1, device='cpu'), images, record=record, progress=False)
+    return prepare
 
 
-def loop(batches: DataLoader, valid: DataLoader) -> None:
-    model, rows = network(), []
-    naive_hooks(model, rows)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    for x, y in batches: step(model, optimizer, x.to(memory_format=torch.channels_last), y)
-    model.eval()
-    with torch.no_grad(): sum((model(x).argmax(1) == y).sum().item() for x, y in valid)
+def loop(batches: DataLoader, valid: DataLoader) -> Epoch:
+    def epoch() -> None:
+        model, rows = network(), []
+        naive_hooks(model, rows)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+        for x, y in batches: step(model, optimizer, x.to(memory_format=torch.channels_last), y)
+        model.eval()
+        with torch.no_grad(): sum((model(x).argmax(1) == y).sum().item() for x, y in valid)
+    return epoch
 
 
 def torchvision_loaders(root: Path, workers: int) -> tuple[DataLoader, DataLoader]:
@@ -102,18 +110,18 @@ def torchvision_loaders(root: Path, workers: int) -> tuple[DataLoader, DataLoade
     return tuple(DataLoader(images, BATCH, shuffle=part, num_workers=workers) for part, images in sets.items())
 
 
-def loop_torchvision(root: Path) -> None: loop(*torchvision_loaders(root, 0))
+def loop_torchvision(root: Path) -> Epoch: return loop(*torchvision_loaders(root, 0))
 
 
-def loop_in_memory(root: Path) -> None:
+def loop_in_memory(root: Path) -> Epoch:
     x, y, x_valid, y_valid = tensors(root)
     class Batches:
         def __init__(self, x: torch.Tensor, y: torch.Tensor): self.x, self.y = x, y
         def __iter__(self): return ((self.x[part], self.y[part]) for part in torch.randperm(len(self.x)).split(BATCH))
-    loop(Batches(x, y), Batches(x_valid, y_valid))
+    return loop(Batches(x, y), Batches(x_valid, y_valid))
 
 
-def fastai_learner(batches: DataLoader, valid: DataLoader) -> None:
+def fastai_learner(batches: DataLoader, valid: DataLoader) -> Epoch:
     import fastai.callback.progress  # noqa: F401  gives a Learner its no_bar
     from fastai.callback.hook import ActivationStats
     from fastai.data.core import DataLoaders
@@ -123,17 +131,19 @@ def fastai_learner(batches: DataLoader, valid: DataLoader) -> None:
     model = network()
     stats = ActivationStats(modules=L(module for module in model.modules() if isinstance(module, ACTIVATION_TYPES)))
     learner = Learner(DataLoaders(batches, valid), model, loss_func=F.cross_entropy, metrics=accuracy, cbs=stats)
-    with learner.no_bar(), learner.no_logging(): learner.fit(1, LR)
+    def epoch() -> None:
+        with learner.no_bar(), learner.no_logging(): learner.fit(1, LR)
+    return epoch
 
 
-def fastai_tensors(root: Path) -> None:
+def fastai_tensors(root: Path) -> Epoch:
     from fastai.data.load import DataLoader as FastaiLoader
     x, y, x_valid, y_valid = tensors(root)
     sets = TensorDataset(x, y), TensorDataset(x_valid, y_valid)
-    fastai_learner(FastaiLoader(sets[0], bs=BATCH, shuffle=True, num_workers=0), FastaiLoader(sets[1], bs=BATCH, num_workers=0))
+    return fastai_learner(FastaiLoader(sets[0], bs=BATCH, shuffle=True, num_workers=0), FastaiLoader(sets[1], bs=BATCH, num_workers=0))
 
 
-def fastai_hand_made(root: Path) -> None:
+def fastai_hand_made(root: Path) -> Epoch:
     "The best that a fastai user can do: a loader that slices tensors."
     x, y, x_valid, y_valid = tensors(root)
     class Slices:
@@ -144,10 +154,10 @@ def fastai_hand_made(root: Path) -> None:
             order = torch.randperm(len(self.x)) if self.shuffle else torch.arange(len(self.x))
             return ((self.x[part], self.y[part]) for part in order.split(BATCH))
         def to(self, device): return self
-    fastai_learner(Slices(x, y, True), Slices(x_valid, y_valid, False))
+    return fastai_learner(Slices(x, y, True), Slices(x_valid, y_valid, False))
 
 
-def lightning_torchvision(root: Path) -> None:
+def lightning_torchvision(root: Path) -> Epoch:
     import lightning
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -156,12 +166,13 @@ def lightning_torchvision(root: Path) -> None:
             naive_hooks(self.model, self.rows)
         def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
         def validation_step(self, batch, i): self.log('accuracy', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
-        def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=LR)
+        def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=LR, fused=True)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    lightning.Trainer(max_epochs=1, accelerator='cpu', num_sanity_val_steps=0, **quiet).fit(Module(), *torchvision_loaders(root, 0))
+    loaders, module = torchvision_loaders(root, 0), Module()
+    return lambda: lightning.Trainer(max_epochs=1, accelerator='cpu', num_sanity_val_steps=0, **quiet).fit(module, *loaders)
 
 
-RIVALS: dict[str, tuple[str, Callable[[Path], None]]] = {
+RIVALS: dict[str, tuple[str, Callable[[Path], Epoch]]] = {
     'floor: one fixed batch': ('torch', floor),
     'wib_nbdev, no statistics': ('torch', ours(False)),
     'wib_nbdev, statistics': ('torch', ours(True)),
@@ -176,13 +187,11 @@ RIVALS: dict[str, tuple[str, Callable[[Path], None]]] = {
 def alone(name: str, options: Options) -> None:
     "Runs one rival in this process and prints what it took; loading the data is not counted, importing is not either."
     torch.set_num_threads(options.threads)
-    package, run = RIVALS[name]
-    importlib.import_module(package)
-    torch.optim.Adam(nn.Linear(1, 1).parameters())  # a process's first optimiser imports 1.5 s of torch, as `import fastai` has already
-    load('fashion_mnist', options.root)
+    torch.optim.Adam(nn.Linear(1, 1).parameters())  # a process's first optimiser imports 1.5 s of torch
+    epoch = RIVALS[name][1](options.root)
     clock = time.perf_counter()
-    run(options.root)
-    seconds = getattr(run, 'seconds', time.perf_counter() - clock)
+    epoch()
+    seconds = time.perf_counter() - clock
     print(json.dumps(dict(seconds=seconds, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 
 

@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault('MPLBACKEND', 'agg')
+# Tests send Ctrl-C to processes. A shell ignores it for what runs in its background, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile('house', deadline=None)  # no test measures time
 hypothesis.settings.load_profile('house')
 

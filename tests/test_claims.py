@@ -191,6 +191,22 @@ def test_one_data_set_is_half_the_claim(paper_world, null_world):
     assert set(c.judge(mixed, claims=some(names))['verdict']) == {'holds in part'}
 
 
+def test_the_abstract_is_judged_at_each_arms_own_best_rate(paper_world, in_paper_world):
+    "Held-out images send WIB-ReLU to another rate than the main one, where it is worse than all rivals."
+    at_best = {config.key: replace(config, lr=0.001).key for config in arm_grid(('wib_relu',))}
+    moved = only(paper_world, lambda runs: runs['key'].isin(at_best))
+    runs = pd.concat([paper_world.runs, moved.runs.assign(key=moved.runs['key'].map(at_best), lr=0.001)])
+    worse = moved.epochs.assign(key=moved.epochs['key'].map(at_best), accuracy=moved.epochs['accuracy'] - 0.3)
+    held_out = runs.query("arm == 'wib_relu' and valid == 'holdout' and lr == 0.001")['key']
+    epochs = paper_world.epochs.copy()
+    epochs.loc[epochs['key'].isin(held_out), 'accuracy'] = 0.99
+    results = Results(runs, pd.concat([epochs, worse]), paper_world.layers)
+    found = c.judge(results, claims=some(['outperforms', 'accuracy'])).set_index('id')
+    assert found.loc['outperforms', 'verdict'] == 'does not hold' and found.loc['outperforms', 'value'] == 0
+    assert 'Fashion-MNIST, WIB-ReLU with adam 0.001: better than no rival' in found.loc['outperforms', 'why']
+    assert in_paper_world.loc['outperforms', 'verdict'] == found.loc['accuracy', 'verdict'] == 'holds'
+
+
 def test_a_missing_rival_is_named(paper_world):
     without = only(paper_world, lambda runs: runs['arm'] != 'prelu')
     verdicts = c.judge(without, claims=some(['fig12', 'fig13_elu'])).set_index('id')

@@ -79,6 +79,7 @@ assert not heavy, heavy
 @pytest.mark.parametrize('words, message', [
     (['train', '--lr', '-1'], 'lr=-1.0: must be a finite number above 0'),
     (['train', '--lr', 'fast'], '--lr=fast: must be a number'),
+    (['train', '--activation', 'elu', '--shift', '0.4'], "shift=0.4 with activation='elu': must come with wib_relu"),
     (['train', '--lr', "it's"], "--lr=it's: must be a number"),
     (['train', '--epochs', '2.5'], '--epochs=2.5: must be an integer'),
     (['train', '--gain', 'foo'], '--gain=foo: must be a number'),

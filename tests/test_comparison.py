@@ -314,6 +314,7 @@ def test_each_arm_is_tested_at_its_own_best_rate():
     results = rates_results(best_of)
     chosen = c.best_rates(results)
     assert {(row.arm, row.lr) for row in chosen.itertuples()} == set(best_of.items()) and len(chosen) == 4
+    assert (chosen['edge'] == (chosen['lr'] == 0.01)).all(), 'the greatest rate tried is an edge'
     tested = c.at_best_rates(results).runs
     assert set(tested['valid']) == {'test'} and len(tested) == 2 * 2 * 3
     assert all(row.lr == best_of[row.arm] for row in tested.itertuples())

@@ -290,6 +290,14 @@ def test_missing_files_are_listed(tmp_path):
         data.load('fashion_mnist', tmp_path, download=False)
 
 
+def test_the_layout_that_is_nearly_whole_is_the_one_spoken_of(tmp_path):
+    layout = data.LAYOUTS['cifar10'][1]
+    (tmp_path/layout.folder).mkdir()
+    for file in layout.files[:-1]: (tmp_path/layout.folder/file.name).write_bytes(b'x')
+    with pytest.raises(FileNotFoundError, match=r'cifar-10-batches-py lacks test_batch\. .*cifar-10-python'):
+        data.load('cifar10', tmp_path, download=False)
+
+
 @pytest.mark.parametrize(('name', 'home', 'lacking'), [
     ('fashion_mnist', 'zalandoresearch', 'train-images'), ('cifar10', 'cifar-10-binary', 'data_batch_1')])
 def test_no_network_is_a_clear_error(name, home, lacking, tmp_path, monkeypatch):

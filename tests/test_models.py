@@ -126,6 +126,12 @@ def test_a_shared_module_is_refused_wherever_it_comes_back():
     assert len(returned) == 3
 
 
+def test_a_shared_module_is_refused_inside_a_new_one():
+    shared = nn.PReLU()
+    with pytest.raises(ValueError, match='activation returned the same PReLU twice'):
+        plain_cnn(1, activation=lambda: nn.Sequential(nn.Identity(), shared))
+
+
 @pytest.mark.parametrize('activation', [nn.ReLU(), 3, None])
 def test_what_is_no_factory_is_refused(activation):
     with pytest.raises(TypeError, match='must be a name or a callable that returns a new module'): plain_cnn(1, activation=activation)

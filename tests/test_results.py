@@ -13,6 +13,7 @@ import pytest
 
 from wib_nbdev import sweep
 from wib_nbdev.claims import committed_verdicts, judge
+from wib_nbdev.comparison import best_rate_plan
 from wib_nbdev.config import TrainConfig
 from wib_nbdev.data import load
 from wib_nbdev.training import train
@@ -71,10 +72,8 @@ def test_runs_of_no_commit_are_refused_before_anything_is_written():
         with pytest.raises(ValueError, match=f"commit='{re.escape(commit)}', no descendant"): make.criteria_commit({commit})
 
 
-def test_nothing_is_there_that_was_not_planned(results):
-    planned = {config.key for config in sweep.full_plan()}
-    at_best = [config for config in configs(results) if config.key not in planned]
-    assert {(config.valid, config.activation in sweep.PAPER_ARMS) for config in at_best} <= {('test', True)}
+def test_they_are_what_was_planned_no_less_and_no_more(results):
+    assert set(results.runs['key']) == {config.key for config in [*sweep.full_plan(), *best_rate_plan(results)]}
 
 
 def test_they_go_back_into_a_store_and_out_again(results, tmp_path):
@@ -92,8 +91,8 @@ def test_they_go_back_into_a_store_and_out_again(results, tmp_path):
 
 def test_a_run_chosen_at_random_gives_its_first_epoch_again(results):
     """One epoch on the full data. On another processor sums round otherwise and training amplifies it: the mean training loss of an epoch
-    within 2 %, its accuracy within a point, and the validation's, measured at one moment, within three."""
-    finished = [config for config in configs(results) if config.valid == 'test' and config.optimizer == 'adam' and config.lr < 0.1]
+    within 2 %, its accuracy within a point, and the validation's, measured at one moment, within three, its loss within 8 %."""
+    finished = [config for config in configs(results) if config.lr < 0.1]
     config = random.SystemRandom().choice(finished)
     try: data = load(config.dataset, download=False)
     except FileNotFoundError: pytest.skip('needs the full data sets (WIB_DATA, else data)')
@@ -102,3 +101,4 @@ def test_a_run_chosen_at_random_gives_its_first_epoch_again(results):
     np.testing.assert_allclose(again.loc['train', 'loss'], first.loc['train', 'loss'], rtol=0.02, err_msg=config.key)
     for split, points in (('train', 0.01), ('valid', 0.03)):
         np.testing.assert_allclose(again.loc[split, 'accuracy'], first.loc[split, 'accuracy'], atol=points, err_msg=config.key)
+    np.testing.assert_allclose(again.loc['valid', 'loss'], first.loc['valid', 'loss'], rtol=0.08, err_msg=config.key)

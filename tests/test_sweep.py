@@ -78,17 +78,21 @@ def test_a_finished_run_is_not_computed_again(undisturbed, tmp_path):
 
 def test_driver_killed_at_random_moments(driver, tmp_path, undisturbed):
     "SIGKILL, twenty times or until the sweep is through: what is in the store stays whole, and the end equals an undisturbed sweep."
-    store, moment, seen = tmp_path / 'store', random.Random(0), set()
+    store, chance, seen, met = tmp_path / 'store', random.Random(0), set(), []
+    begun, process = time.monotonic(), start(driver, store)
+    wait_for(lambda: runs_in(store))  # the first kill meets a sweep in mid-run, and tells how long a driver takes to its first run
+    pace = time.monotonic() - begun
     for _ in range(20):
-        process = start(driver, store)
-        time.sleep(moment.uniform(0.5, 5))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         there = {path.stem for path in runs_in(store)}
+        met.append(len(there))
         for path in runs_in(store): sweep.read_run(path)
         assert seen <= there
         seen = there
-    process = start(driver, store)
+        process = start(driver, store)
+        time.sleep(pace * chance.uniform(0.1, 1.1))
+    assert 0 < met[0] < len(CONFIGS), 'no kill met a sweep in mid-run'
     assert process.communicate()[0].strip() == 'done' and process.returncode == 0
     pd.testing.assert_frame_equal(numbers(sweep.load_results(store)), undisturbed, check_exact=True)
     assert not list(store.glob('*.tmp')), 'leftovers of killed drivers are cleared by the next one'
@@ -110,6 +114,7 @@ def test_worker_killed(driver, tmp_path, undisturbed):
     commands = {pid: Path(f'/proc/{pid}/cmdline').read_bytes() for pid in children(process.pid)}
     workers = [pid for pid, words in commands.items() if b'loky' in words and b'tracker' not in words]
     os.kill(workers[0], signal.SIGKILL)
+    assert len(runs_in(store)) < len(CONFIGS), 'the kill met no sweep in mid-run'
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out.strip() == 'done', err
     pd.testing.assert_frame_equal(numbers(sweep.load_results(store)), undisturbed, check_exact=True)
@@ -143,6 +148,7 @@ def test_disk_full(driver, tmp_path, undisturbed):
     assert run.returncode != 0 and 'done' not in run.stdout
     assert 'No space left on device' in run.stderr and 'it goes on where it was' in run.stderr
     assert '.tmp' not in run.stderr.splitlines()[-1]
+    assert 0 < len(runs_in(kept)) < len(CONFIGS)
     for path in runs_in(kept): sweep.read_run(path)
     resumed = sweep.run_sweep(CONFIGS, kept, n_jobs=1, progress=False)
     pd.testing.assert_frame_equal(numbers(resumed), undisturbed, check_exact=True)
@@ -234,6 +240,15 @@ def test_runs_of_another_torch_are_refused(one_run, tmp_path):
         sweep.run_sweep(CONFIGS[:1], tmp_path, n_jobs=1, progress=False)
 
 
+def test_runs_of_other_numbers_are_refused_though_their_keys_are_others(tmp_path, monkeypatch):
+    "A change of the numbers changes every key, so none of the store's runs is one of those asked for."
+    sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False)
+    runs_in(tmp_path)[0].write_bytes(b'damaged')  # one that cannot be asked
+    monkeypatch.setattr(sweep, 'NUMBERS', 2)
+    with pytest.raises(sweep.SweepError, match=r"'numbers': 1.*here are \{'numbers': 2.*use another folder"):
+        sweep.run_sweep(CONFIGS[2:3], tmp_path, n_jobs=1, progress=False)
+
+
 def test_a_worker_with_another_torch_is_refused(tmp_path):
     result = train(CONFIGS[0], progress=False)
     elsewhere = replace(result, environment={**result.environment, 'torch': '1.4.0'})
@@ -274,6 +289,19 @@ def test_a_failing_run_is_listed_and_the_others_finish(tmp_path, capsys):
     assert list(results.runs['key']) == [CONFIGS[0].key]
     assert re.search(rf'failed: {bad.key}: .*FileNotFoundError', capsys.readouterr().err)
     assert 'Traceback' in (tmp_path / 'store' / f'{bad.key}.error.txt').read_text()
+
+
+def test_failures_are_listed_although_the_sweep_is_stopped(tmp_path):
+    bad = TrainConfig(dataset='cifar10', epochs=1)
+    driver, store = tmp_path / 'driver.py', tmp_path / 'store'
+    driver.write_text(DRIVER.replace('run_sweep(configs,', f'run_sweep([sweep.{bad!r}, *configs],').replace(
+        'progress=False', f'progress=False, root={str(tmp_path)!r}'))
+    process = start(driver, store)
+    wait_for(lambda: runs_in(store))
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and 'interrupted: ' in err
+    assert re.search(rf'^failed: {bad.key}: .*FileNotFoundError', err, re.M)
 
 
 def test_merged_results_round_trip(tmp_path, undisturbed):
@@ -386,6 +414,7 @@ def test_dask_cluster_and_a_lost_worker(start_cluster, undisturbed):
     "One worker is killed in mid-sweep: another one does its runs."
     cluster = start_cluster(failures=5)
     cluster.workers[0].kill()
+    assert len(runs_in(cluster.store)) < len(CONFIGS), 'the kill met no sweep in mid-run'
     out, err = cluster.driver.communicate(timeout=120)
     assert cluster.driver.returncode == 0 and out.strip() == 'done', err
     pd.testing.assert_frame_equal(numbers(sweep.load_results(cluster.store)), undisturbed, check_exact=True)

@@ -1,5 +1,6 @@
 """A run as a process, under every option, and when it goes wrong."""
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +75,24 @@ def test_arms_are_paired():
     assert frozen[0].equals(frozen[1]) and frozen[0].nunique() == len(frozen[0])
 
 
+def images_met(config: TrainConfig) -> torch.Tensor:
+    "Every image that the first convolution is given in training, in order."
+    met: list[torch.Tensor] = []
+    def note(layer, given):
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (5, 5) and layer.training: met.append(given[0].clone())
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try: train(config, progress=False)
+    finally: handle.remove()
+    return torch.cat(met)
+
+
+def test_arms_meet_the_same_images_in_the_same_order():
+    first = images_met(replace(QUICK, activation='relu'))
+    assert len(first) == 2 * 1000 and not torch.equal(first[:1000], first[1000:])
+    for name in ('prelu', 'wib_relu_batch'): assert torch.equal(images_met(replace(QUICK, activation=name)), first)
+    assert not torch.equal(images_met(replace(QUICK, seed=1)), first)
+
+
 def test_losses_and_accuracy_are_what_they_say():
     "Recomputed by hand from the trained network, in one batch."
     result, images = train(QUICK, progress=False), load('fashion_mnist', sample=True)
@@ -113,7 +133,39 @@ def test_a_batch_converts_its_images_and_nothing_else():
     run = Batches(images.x_train, images.y_train, *statistics, batch_size=64)(torch.arange(1000))
     with Conversions() as seen: x, y = next(run)
     assert seen.dtypes == [torch.uint8]
-    assert torch.equal(x, standardise(images.x_train[:64], *statistics)) and torch.equal(y, images.y_train[:64])
+    expected = standardise(images.x_train[:64], *statistics)
+    assert torch.equal(x, expected) and torch.equal(y, images.y_train[:64])
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('dataset', ['fashion_mnist', 'cifar10'])
+@pytest.mark.parametrize('batch_size', [64, 300])
+def test_batches_are_the_standardised_images_to_the_last_bit(dataset, batch_size):
+    images = load(dataset, sample=True)
+    statistics = channel_stats(images.x_train)
+    batches = Batches(images.x_train, images.y_train, *statistics, batch_size)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    expected = standardise(images.x_train, *statistics)
+    for chosen, index in ((order, order), (None, torch.arange(1000))):
+        x, y = (torch.cat(parts) for parts in zip(*batches(chosen), strict=True))
+        assert torch.equal(x, expected[index]) and torch.equal(y, images.y_train[index])
+    with pytest.raises(TypeError, match='x'): Batches(images.x_train.float(), images.y_train, *statistics, batch_size)
+
+
+def test_what_is_asked_of_the_recorder_is_there():
+    plain = train(QUICK, progress=False)
+    watched = train(QUICK, record=dict(histogram=True, updates=True), progress=False)
+    assert watched.losses.equals(plain.losses)  # watching changes nothing
+    updates = watched.recorder.updates_frame()
+    assert updates['layer'].nunique() == 5 and updates['iteration'].nunique() == len(watched.losses) and (updates['update_std'] > 0).all()
+    assert len(watched.recorder.histogram_frame('conv1')) == len(watched.losses)
+    assert train(QUICK, record={}, progress=False).activations is not None and plain.recorder is None
+
+
+def test_the_bar_shows_loss_and_accuracy_from_the_first_batch_on(capsys):
+    train(replace(QUICK, epochs=1, batch_size=8), progress=True)
+    shown = capsys.readouterr().err
+    assert re.search(r'train loss \d\.\d+, accuracy 0\.\d+', shown.split('valid loss')[0]) and re.search(r'<\d\d:\d\d', shown)
 
 
 def test_statistics_that_do_not_fit_are_refused_before_the_first_batch():
@@ -161,6 +213,9 @@ def test_compile_gives_the_same_training():
     if not (shutil.which('c++') or shutil.which('g++')): pytest.skip('needs a C++ compiler')
     eager, compiled = (train(replace(QUICK, epochs=1, compile=c), progress=False) for c in (False, True))
     np.testing.assert_allclose(compiled.losses['loss'], eager.losses['loss'], rtol=1e-3)
+    train(replace(QUICK, epochs=1, compile=True, batch_size=100), progress=False)  # another size: shapes would be dynamic from here on
+    again = train(replace(QUICK, epochs=1, compile=True), progress=False)
+    assert again.losses.equals(compiled.losses)
 
 
 @pytest.mark.parametrize('device', ['cuda', 'mps'])
@@ -214,11 +269,12 @@ def test_numbers_of_numpy_are_numbers():
 
 def test_every_field_is_in_the_key():
     other = dict(
-        dataset='cifar10', activation='elu', init='alexnet', gain=1.1, shift=0.1, epochs=3, batch_size=3, lr=0.1, optimizer='sgd',
+        dataset='cifar10', activation='elu', init='alexnet', gain=1.1, epochs=3, batch_size=3, lr=0.1, optimizer='sgd',
         momentum=0.1, weight_decay=0.1, seed=3, valid='holdout', sample=True, device='cpu', amp=True, compile=True, compensate_bias=True,
     )
-    assert other.keys() == {each.name for each in fields(TrainConfig)}
+    assert other.keys() | {'shift'} == {each.name for each in fields(TrainConfig)}
     assert len({TrainConfig(**{name: value}).key for name, value in other.items()} | {TrainConfig().key}) == len(other) + 1
+    assert len({TrainConfig(activation='wib_relu', shift=shift).key for shift in (None, 0.1, 0.2)}) == 3  # only such a unit has one
 
 
 def test_environment_names_no_person_or_place():

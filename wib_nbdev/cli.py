@@ -179,7 +179,7 @@ class Reproduce:
 
     def run(self) -> int:
         from wib_nbdev.claims import committed_verdicts, judge
-        from wib_nbdev.comparison import MAIN, run_full_plan
+        from wib_nbdev.comparison import MAIN, best_rate_plan, run_full_plan
         from wib_nbdev.data import load
         from wib_nbdev.report import write_report
         from wib_nbdev.sweep import arm_table, committed_results, estimate_seconds, full_plan, quick_plan, run_sweep, watch
@@ -202,7 +202,8 @@ class Reproduce:
         print(f'\nThe report: {page}')
         if quick: print('A thousand images show that everything runs; they decide nothing. '
                         'Next: make lab to read the notebooks, or --preset paper to run all of it')
-        return int(len(results.runs) < len(configs))
+        wanted = configs if quick else [*configs, *best_rate_plan(results)]
+        return int(not {config.key for config in wanted} <= set(results.runs['key']))
 
 def _in_hours(seconds: float) -> str:
     "A duration for people."

@@ -440,15 +440,18 @@ def rate_table(
 def best_rates(
     results:Results, # runs over several learning rates; those with valid='holdout' choose
 ) -> pd.DataFrame:
-    """Each data set's and arm's optimizer and lr with the highest mean held-out accuracy, last epoch. A rate at which a run diverged is
-    out, and so is a data set whose arms were not all tried at the same rates and seeds."""
+    """Each data set's and arm's optimizer and lr with the highest mean held-out accuracy, last epoch (the first of equals); `edge` if it
+    is the least or the greatest rate tried with that optimizer. A rate at which a run diverged is out, and so is a data set whose arms
+    were not all tried at the same rates and seeds."""
     held_out = select(results, valid='holdout')
     if held_out.runs.empty: return pd.DataFrame()
     budget = lambda runs: frozenset(runs[['optimizer', 'lr', 'seed']].itertuples(index=False))
     tried = held_out.runs.groupby(['dataset', 'arm']).apply(budget)
     fair = tried.groupby('dataset').nunique() == 1
-    table = rate_table(held_out).query('diverged == 0')
-    table = table[table['dataset'].map(fair)]
+    table = rate_table(held_out)
+    tried_rates = table.groupby(['dataset', 'optimizer'])['lr']
+    table['edge'] = (table['lr'] == tried_rates.transform('min')) | (table['lr'] == tried_rates.transform('max'))
+    table = table[(table['diverged'] == 0) & table['dataset'].map(fair)]
     return table.loc[table.groupby(['dataset', 'arm'])['mean'].idxmax()].reset_index(drop=True)
 
 # %% ../nbs/10_comparison.ipynb #57653a1c
@@ -493,6 +496,9 @@ def plot_rates(
     "Mean and 95 % interval of each arm by learning rate, labelled at the line's end; a rate at which every run diverged has no point."
     ax = new_axes(ax, xlabel='learning rate', ylabel='accuracy (share)')
     ax.set_xscale('log')
+    rates = sorted(set(table['lr']))
+    ax.set_xticks(rates, [f'{rate:g}' for rate in rates])
+    ax.minorticks_off()
     ends = {}
     for place, (arm, part) in enumerate(table.dropna(subset='mean').groupby('arm')):
         x = part['lr'] * 1.03 ** (place - 2)  # side by side, so that the bars can be told apart

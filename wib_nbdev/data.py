@@ -169,7 +169,7 @@ _PICKLES = Layout('cifar10', 'cifar-10-batches-py',
 ))
 LAYOUTS = {'fashion_mnist': (_IDX,), 'cifar10': (_RECORDS, _PICKLES)} # in order of preference
 
-# %% ../nbs/05_data.ipynb #a7c53ce4
+# %% ../nbs/05_data.ipynb #e082f6bb
 def _locate(root:Path, layout:Layout, file:DataFile) -> Path | None:
     "Where a file lies, plain or else packed; None if it is in neither form."
     plain = root/layout.folder/file.name
@@ -178,8 +178,8 @@ def _locate(root:Path, layout:Layout, file:DataFile) -> Path | None:
 def _content(path:Path, file:DataFile) -> np.ndarray:
     "The bytes of a file, unpacked if its name ends in .gz, but not much more of them than there should be."
     if path.suffix != '.gz': return np.fromfile(path, np.uint8)
-    limit = -1 if file.n_bytes is None else file.n_bytes + 1
-    with gzip.open(path) as packed: return np.frombuffer(bytearray(packed.read(limit)), np.uint8)
+    limit = file.n_bytes or 2**26 # 64 MiB: more than the largest of these files
+    with gzip.open(path) as packed: return np.frombuffer(bytearray(packed.read(limit + 1)), np.uint8)
 
 # %% ../nbs/05_data.ipynb #b013ab59
 def _fault(content:np.ndarray, layout:Layout, file:DataFile) -> str:
@@ -253,7 +253,7 @@ def _download(name:str, root:Path) -> None:
     finally:
         if is_new and not any(root.iterdir()): root.rmdir()
 
-# %% ../nbs/05_data.ipynb #44970819
+# %% ../nbs/05_data.ipynb #7c4ccdc8
 def _root(root:str | Path | None) -> Path:
     "The folder that a caller means: the argument, else the environment's WIB_DATA, else ./data."
     return Path(root or os.environ.get('WIB_DATA') or 'data')
@@ -263,8 +263,8 @@ def _complete(name:str, root:Path) -> Layout | None:
     return next((layout for layout in LAYOUTS[name] if all(_locate(root, layout, file) for file in layout.files)), None)
 
 def _missing(name:str, root:Path) -> str:
-    "Which files of a data set's first layout are missing, and what to do."
-    layout = LAYOUTS[name][0]
+    "Which files are missing of the layout that most files are there of (the first, if none are), and what to do."
+    layout = max(LAYOUTS[name], key=lambda layout: sum(_locate(root, layout, file) is not None for file in layout.files))
     absent = ', '.join(file.name for file in layout.files if not _locate(root, layout, file))
     return f'{TITLES[name]} is not whole in {root}: {layout.folder} lacks {absent}. {_remedy(layout)}'
 
@@ -447,12 +447,6 @@ def _scale_offset(x:Tensor, mean:Tensor, std:Tensor) -> tuple[Tensor, Tensor]:
     scale, offset = (values.to(x.device, torch.float32)[:, None, None] for values in (1 / (255 * std), -mean / std))
     return scale, offset
 
-def _rescale(x:Tensor, scale:Tensor, offset:Tensor, memory_format:torch.memory_format=torch.preserve_format) -> Tensor:
-    "`standardise`, given what `_scale_offset` returned: a GPU need not be waited for."
-    _check_images(x, 'x')
-    out = x.to(torch.float32, memory_format=memory_format)
-    return torch.addcmul(offset, out, scale, out=out)
-
 def standardise(
     x:Tensor, # uint8 (batch, channels, height, width)
     mean:Tensor, # (channels,), of pixels scaled to [0, 1], from the training images
@@ -462,7 +456,9 @@ def standardise(
     """Images as float32 of mean 0 and standard deviation 1 per channel, of the shape and on the device of `x`; Eq. 05.3.
     The only tensor allocated is the result. `TypeError` unless `x` is uint8, `ValueError` for statistics that do not fit."""
     _check_images(x, 'x')
-    return _rescale(x, *_scale_offset(x, mean, std), memory_format)
+    scale, offset = _scale_offset(x, mean, std)
+    out = x.to(torch.float32, memory_format=memory_format)
+    return torch.addcmul(offset, out, scale, out=out)
 
 # %% ../nbs/05_data.ipynb #9c1cb2c2
 def first_layer_preacts(

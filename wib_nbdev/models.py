@@ -6,7 +6,7 @@
 __all__ = ['plain_cnn', 'summary', 'plot_network', 'figure_6', 'plot_steps', 'figure_1', 'compensate_next_bias',
            'control_differences', 'plot_difference', 'layer_statistics', 'plot_layer_statistics']
 
-# %% ../nbs/06_models.ipynb #dbd132bb
+# %% ../nbs/06_models.ipynb #242522a1
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -22,33 +22,29 @@ from torch.nn.utils import skip_init
 from torch.utils.flop_counter import FlopCounterMode
 
 from .activations import EQ7_SHIFT, WIBReLU, make_activation
-from .config import check_number, one_of
+from .config import check_number, check_shifted, one_of
 from .initializers import SCHEMES, init_weights
 from .style import BAND, COLOURS, LABELS, MARKERS, THEORY, new_axes, panels
 
-# %% ../nbs/06_models.ipynb #02e2ba9d
+# %% ../nbs/06_models.ipynb #93b499d2
 def _never_twice(factory:Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     "`factory`, with an error if it returns no module, or one that it has returned before."
     returned: list[nn.Module] = []
     def fresh() -> nn.Module:
         module = factory()
         if not isinstance(module, nn.Module): raise TypeError(f'activation returned {module!r}: must return an nn.Module')
-        if any(module is earlier for earlier in returned):
-            raise ValueError(f'activation returned the same {type(module).__name__} twice: must return a new module for each layer')
-        returned.append(module)
+        for part in module.modules(): # a wrapper may be new around a module that is not
+            if any(part is earlier for earlier in returned):
+                raise ValueError(f'activation returned the same {type(part).__name__} twice: must return a new module for each layer')
+        returned.extend(module.modules())
         return module
     return fresh
 
-# %% ../nbs/06_models.ipynb #278c1ee2
-_SHIFTED = ('wib_relu', 'wib_relu_04', 'wib_relu_centred')  # reading A of Eq. 8: the shift is a constant
-
+# %% ../nbs/06_models.ipynb #62251003
 def _fresh_activations(activation:str | Callable[[], nn.Module], shift:float | None) -> Callable[[], nn.Module]:
     "A function that returns a new activation module at each call; errors as in `plain_cnn`."
     if shift is not None:
-        check_number(shift, 'shift')
-        if activation not in _SHIFTED:
-            right = f"{', '.join(_SHIFTED)}, or 'relu' with compensate_bias=True"
-            raise ValueError(f'shift={shift} with activation={activation!r}: must come with {right}')
+        check_shifted(activation, check_number(shift, 'shift'))
         return lambda: WIBReLU(shift=shift)
     if isinstance(activation, str): return lambda: make_activation(activation)
     if isinstance(activation, nn.Module) or not callable(activation):

@@ -286,14 +286,14 @@ class _Passes(_Hooks):
         self.iterations += 1
         self._counting = self._live = False
 
-# %% ../nbs/07_recorder.ipynb #a7246db7
+# %% ../nbs/07_recorder.ipynb #527c4e25
 def _refuse_compiled(model:nn.Module) -> None:
     "`ValueError` if the model or a part of it is compiled."
     for name, module in model.named_modules():
         if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
             part = f'its module {name!r}' if name else 'it'
             raise ValueError(f'model: {part} is compiled, and compiled code may skip hooks: give the model as it was before '
-                             '(compiled._orig_mod after torch.compile; a new one after model.compile())')
+                             '(compiled._orig_mod after torch.compile; a new one after model.compile()), and run that one')
 
 # %% ../nbs/07_recorder.ipynb #59d771af
 def _keeps_sign(activation:nn.Module | None) -> bool:

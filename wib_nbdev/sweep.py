@@ -21,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
 from importlib import metadata, resources
@@ -188,6 +188,15 @@ def _in_place_of(path: Path) -> Iterator[Any]:
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
+@contextmanager
+def _kept_as(path: Path) -> Iterator[Any]:
+    "`_in_place_of` for a file of the store; `SweepError` if the system does not take it."
+    try:
+        with _in_place_of(path) as file: yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise SweepError(f'{path} was not written ({reason}): make room, then run the sweep again; it goes on where it was') from error
+
 # %% ../nbs/09_sweep.ipynb #cbfb0a90
 def write_run(
     result:RunResult, # a run that ended
@@ -196,11 +205,7 @@ def write_run(
 ) -> Path:
     "Writes a run's file: under a temporary name, flushed to the disk, then renamed, so that under its own name it is whole or not there."
     path = store / f'{result.config.key}.parquet'
-    try:
-        with _in_place_of(path) as file: pq.write_table(_to_table(result, seconds), file, compression='zstd', write_page_checksum=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise SweepError(f'{path} was not written ({reason}): make room, then run the sweep again; it goes on where it was') from error
+    with _kept_as(path) as file: pq.write_table(_to_table(result, seconds), file, compression='zstd', write_page_checksum=True)
     return path
 
 # %% ../nbs/09_sweep.ipynb #13dab26f
@@ -267,7 +272,7 @@ def _run_one(config: TrainConfig, record: bool | dict[str, Any], root: str | Non
         torch.set_num_threads(1)
         try:
             result = train(config, _load_once(config.dataset, config.sample, root), record, progress=False)
-            result = replace(result, model=None, losses=None, environment={**_library(), **result.environment})
+            result = replace(result, model=None, losses=None, recorder=None, environment={**_library(), **result.environment})
             return Outcome(config, result, '', time.perf_counter() - clock)
         except Exception: return Outcome(config, None, traceback.format_exc(), time.perf_counter() - clock)
         finally: torch.set_num_threads(threads)
@@ -322,9 +327,20 @@ def _refuse_other_versions(made_with: dict[str, Any], what: str, advice: str) ->
     there = {name: made_with.get(name, here[name]) for name in here}
     if there != here: raise SweepError(f'{what} {there}, here are {here}: {advice}')
 
+_ELSEWHERE = 'use another folder, or those versions'
+
+def _refuse_other_stores(store: Path, keys: set[str]) -> None:
+    "`SweepError` if a run of the store that is none of `keys` has other versions. One tells for all: none is written beside another kind."
+    for path in sorted(store.glob('*.parquet')):
+        if path.stem in keys: continue
+        with suppress(DamagedRun):
+            _refuse_other_versions(read_run(path)['environment'], f'{store} holds runs of', _ELSEWHERE)
+            return
+
 def _finished(store: Path, configs: Sequence[TrainConfig], record: Record) -> set[str]:
     """The keys of `configs` that the store has, layers and all. Damaged files are set aside with a warning; runs of another torch are
-    refused."""
+    refused, be they of `configs` or not."""
+    _refuse_other_stores(store, {config.key for config in configs})
     found, bare = set(), 0
     for config in configs:
         path = store / f'{config.key}.parquet'
@@ -334,7 +350,7 @@ def _finished(store: Path, configs: Sequence[TrainConfig], record: Record) -> se
             path.rename(path.with_suffix('.damaged'))
             warnings.warn(f'{error}; it was set aside as {path.stem}.damaged and runs again', stacklevel=3)
             continue
-        _refuse_other_versions(row['environment'], f'{store} holds runs of', 'use another folder, or those versions')
+        _refuse_other_versions(row['environment'], f'{store} holds runs of', _ELSEWHERE)
         if _record_of(config, record) and not row['layers']: bare += 1
         else: found.add(path.stem)
     if bare: warnings.warn(f'{bare} runs in {store} were made without watching their layers, and run again', stacklevel=3)
@@ -348,7 +364,7 @@ def keep(
     "Writes a run's file, or its error's text beside where the file would be. `SweepError` for a run of other versions than these."
     error_file = store / f'{outcome.config.key}.error.txt'
     if outcome.result is None:
-        error_file.write_text(outcome.error)
+        with _kept_as(error_file) as file: file.write(outcome.error.encode())
         return
     advice = 'install the same versions on every machine'
     _refuse_other_versions(outcome.result.environment, f'the worker that ran {outcome.config.key} has', advice)
@@ -364,10 +380,10 @@ def _last_words(outcome: Outcome) -> str:
 
 # %% ../nbs/09_sweep.ipynb #cb56b668
 def _run_all(
-    todo: dict[str, TrainConfig], store: Path, bar: tqdm, outcomes: Callable[[Sequence[TrainConfig]], Iterator[Outcome]],
-) -> dict[str, str]:
-    "Empties `todo` into the store; returns errors by key. A pool whose worker died is replaced, twice at most with no run ended between."
-    failed: dict[str, str] = {}
+    todo: dict[str, TrainConfig], failed: dict[str, str], store: Path, bar: tqdm,
+    outcomes: Callable[[Sequence[TrainConfig]], Iterator[Outcome]],
+) -> None:
+    "Empties `todo` into the store, and errors into `failed`. A pool whose worker died is replaced, twice with no run ended between."
     deaths = 0
     while todo:
         try:
@@ -385,7 +401,6 @@ def _run_all(
             deaths += 1
             if deaths < 3: continue
             raise SweepError(f'a worker died three times with no run ended between (memory?): {len(todo)} runs are left') from error
-    return failed
 
 # %% ../nbs/09_sweep.ipynb #89ee798e
 def run_sweep(
@@ -409,13 +424,16 @@ def run_sweep(
         for leftover in store.glob('*.tmp'): leftover.unlink()  # of a driver that was killed while it wrote
         finished = _finished(store, configs, record)
         todo = {config.key: config for config in configs if config.key not in finished}
+        failed: dict[str, str] = {}
         with tqdm(total=len(configs), initial=len(finished), unit='run', disable=not progress) as bar:
-            try: failed = _run_all(todo, store, bar, outcomes)
+            try: _run_all(todo, failed, store, bar, outcomes)
             except KeyboardInterrupt:
                 done = sum((store / f'{config.key}.parquet').exists() for config in configs)
                 print(f'interrupted: {done} of {len(configs)} runs are in {store}; run the same sweep again to go on', file=sys.stderr)
                 raise
-    for key, error in failed.items(): print(f'failed: {key}: {error.strip().splitlines()[-1]} (whole in {key}.error.txt)', file=sys.stderr)
+            finally:
+                for key, error in failed.items():
+                    print(f'failed: {key}: {error.strip().splitlines()[-1]} (whole in {key}.error.txt)', file=sys.stderr)
     if failed and len(failed) == len(configs): raise SweepError(f'no run worked; what went wrong stands in {store}/*.error.txt')
     return load_results(store, [config.key for config in configs if config.key not in failed])
 

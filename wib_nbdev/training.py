@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'EPOCH_COLUMNS', 'RunResult', 'resolve_device', 'describe_environment', 'load_images', 'build_model',
            'build_optimizer', 'Batches', 'evaluate', 'train', 'figure_layers', 'figure_near_zero', 'TrainConfig']
 
-# %% ../nbs/08_training.ipynb #52b321af
+# %% ../nbs/08_training.ipynb #e49f11b1
 import math
 import platform
 import sys
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .config import Device, Status, TrainConfig, one_of
-from .data import ImageDataset, channel_stats, holdout, load, _rescale, _scale_offset
+from .data import ImageDataset, channel_stats, holdout, load, _check_images, _scale_offset
 from .models import plain_cnn
 from .recorder import ActivationRecorder, plot_layer_stats, plot_near_zero
 from .style import panels
@@ -35,7 +35,7 @@ from .style import panels
 # %% ../nbs/08_training.ipynb #64237f74
 _all_ = ['TrainConfig']
 
-# %% ../nbs/08_training.ipynb #defcd35c
+# %% ../nbs/08_training.ipynb #77efcad3
 @dataclass(frozen=True)
 class RunResult:
     "What a run leaves: its config, tidy frames, where it ran, and how it ended."
@@ -46,6 +46,7 @@ class RunResult:
     status: Status = 'finished'
     losses: pd.DataFrame | None = field(default=None, repr=False) # iteration, loss (nats): the training batch's, before its step
     model: nn.Module | None = field(default=None, repr=False) # the trained network
+    recorder: ActivationRecorder | None = field(default=None, repr=False) # what watched it: histograms and updates, if asked for
 
 # %% ../nbs/08_training.ipynb #ded306b3
 def resolve_device(
@@ -108,7 +109,7 @@ def build_optimizer(
     kind = torch.optim.Adam if config.optimizer == 'adam' else torch.optim.AdamW
     return kind(model.parameters(), betas=(config.momentum, 0.999), **shared)
 
-# %% ../nbs/08_training.ipynb #b1bc255c
+# %% ../nbs/08_training.ipynb #bbd908ab
 class Batches:
     "Standardised batches of images that stay on the device as uint8: a quarter of float32's memory, and one gather a step."
     def __init__(
@@ -119,9 +120,13 @@ class Batches:
         std:Tensor, # (channels,) of the training images
         batch_size:int, # images in a step
     ):
+        _check_images(x, 'x')
         self.x, self.y = x.contiguous(memory_format=torch.channels_last), y
         self.mean, self.std, self.batch_size = mean, std, batch_size
-        self._scale_offset = _scale_offset(self.x, mean, std)  # once: in every step, a GPU would be waited for
+        row = lambda values: values.permute(0, 2, 3, 1).flatten(1)  # (batch, height * width * channels)
+        self._rows = row(self.x)
+        # Once: in every step, a GPU would be waited for.
+        self._scale, self._offset = (row(each.expand(1, *x.shape[1:]))[0] for each in _scale_offset(x, mean, std))
 
     def __len__(self) -> int: return math.ceil(len(self.x) / self.batch_size)
 
@@ -132,8 +137,10 @@ class Batches:
         "Yields float32 images (batch, channels, height, width) and int64 labels (batch,)."
         for start in range(0, len(self.x), self.batch_size):
             part = slice(start, start + self.batch_size)
-            index = part if order is None else order[part]
-            yield _rescale(self.x[index], *self._scale_offset), self.y[index]
+            rows, y = (self._rows[part], self.y[part]) if order is None else (self._rows.index_select(0, order[part]), self.y[order[part]])
+            out = rows.float()
+            torch.addcmul(self._offset, out, self._scale, out=out)
+            yield out.as_strided((len(out), *self.x.shape[1:]), self.x.stride()), y
 
 # %% ../nbs/08_training.ipynb #840893f1
 def evaluate(
@@ -154,7 +161,7 @@ def evaluate(
     model.train(was_training)
     return loss.item() / len(batches.y), correct.item() / len(batches.y)
 
-# %% ../nbs/08_training.ipynb #4fd797ad
+# %% ../nbs/08_training.ipynb #55c1b098
 def _train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, order: Tensor, amp: bool, bar: tqdm,
 ) -> tuple[list[float], float]:
@@ -169,16 +176,20 @@ def _train_epoch(
         optimizer.step()
         losses[step] = loss.detach()
         correct += (logits.detach().argmax(1) == y).sum()
+        if losses.is_cpu and not bar.disable:
+            seen = min((step + 1) * batches.batch_size, len(order))
+            bar.set_postfix_str(f'train loss {loss.item():.3f}, accuracy {correct.item() / seen:.3f}', refresh=False)
         bar.update()
     return losses.tolist(), correct.item() / len(order)
 
-# %% ../nbs/08_training.ipynb #7d58d2e3
+# %% ../nbs/08_training.ipynb #b84eb37d
 def _epochs(
-    config: TrainConfig, model: nn.Module, batches: Batches, valid: Batches, losses: list[float], bar: tqdm,
+    config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, valid: Batches, losses: list[float],
+    bar: tqdm,
 ) -> Iterator[dict[str, Any]]:
-    "A row for each epoch and split, as it is finished; batch losses are added to `losses`. Stops after a loss that is not finite."
+    "A row for each epoch and split, as it is finished; batch losses are added to `losses`. Stops after a training loss that is not finite."
+    if config.compile: torch.compiler.reset()  # what was compiled before decides about dynamic shapes, and with them the last digits
     run: Any = torch.compile(model) if config.compile else model
-    optimizer = build_optimizer(config, model)
     generator = torch.Generator().manual_seed(2 * config.seed + 1)  # apart from the weights' generator
     sizes = [min(config.batch_size, len(batches.y) - start) for start in range(0, len(batches.y), config.batch_size)]
     for epoch in range(1, config.epochs + 1):
@@ -198,7 +209,7 @@ LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'pool', 'flatten', 'dense')  # the
 
 EPOCH_COLUMNS = ['epoch', 'split', 'loss', 'accuracy', 'seconds']
 
-# %% ../nbs/08_training.ipynb #a50b0c07
+# %% ../nbs/08_training.ipynb #519a3531
 def _prepare(config: TrainConfig, images: ImageDataset, device: torch.device) -> tuple[nn.Module, Batches, Batches]:
     "The network and its training and validation batches, on the device."
     images = images.to(device)
@@ -210,7 +221,7 @@ def _prepare(config: TrainConfig, images: ImageDataset, device: torch.device) ->
 
 def _recorder(config: TrainConfig, model: nn.Module, record: bool | dict[str, Any]) -> ActivationRecorder | None:
     "The recorder that `train` was asked for."
-    if not record: return None
+    if record is False: return None
     if config.compile: raise ValueError('record=True with compile=True: a compiled network cannot be watched; set one of them to False')
     return ActivationRecorder(model, **{'layers': LAYERS, **(record if isinstance(record, dict) else {})})
 
@@ -225,11 +236,11 @@ def _same_numbers(device: torch.device) -> Iterator[None]:
     finally:
         for name, value in before.items(): setattr(torch.backends.cudnn, name, value)
 
-# %% ../nbs/08_training.ipynb #106f2839
+# %% ../nbs/08_training.ipynb #2f6b15c3
 def train(
     config:TrainConfig, # what to run
     data:ImageDataset | None=None, # images already loaded; loaded by the config if None
-    record:bool | dict[str, Any]=False, # watch the seven layers at every iteration; a dict: arguments of `recorder.ActivationRecorder`
+    record:bool | dict[str, Any]=False, # watch the seven layers at every iteration; a dict: arguments of `ActivationRecorder`
     progress:bool=True, # show a bar with loss, accuracy and time left
     *,
     root:str | Path | None=None, # the folder of the full data; see `data.load`
@@ -240,21 +251,22 @@ def train(
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
     status: Status = 'finished'
-    recorder = _recorder(config, model, record)
+    recorder, optimizer = _recorder(config, model, record), build_optimizer(config, model)
+    if recorder and recorder.parameterised: optimizer.register_step_post_hook(lambda *_: recorder.record_updates())
     bar = tqdm(total=config.epochs * len(batches), unit='batch', disable=not progress)
     with bar, recorder or nullcontext(), _same_numbers(device):
         try:
-            for row in _epochs(config, model, batches, valid, losses, bar):
+            for row in _epochs(config, model, optimizer, batches, valid, losses, bar):
                 rows.append(row)
                 bar.set_postfix_str(f"{row['split']} loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}")
         except KeyboardInterrupt:
             status = 'interrupted'
             print(f'interrupted: the result holds the {len(rows) // 2} epochs that were finished of {config.epochs}', file=sys.stderr)
-    if not all(math.isfinite(row['loss']) for row in rows): status = 'diverged'
+    if status == 'finished' and not all(math.isfinite(row['loss']) for row in rows): status = 'diverged'
     epochs = pd.DataFrame(rows, columns=EPOCH_COLUMNS)
     activations = recorder.to_frame() if recorder else None
     steps = pd.DataFrame({'iteration': range(len(losses)), 'loss': losses})
-    return RunResult(config, epochs, activations, describe_environment(device), status, steps, model)
+    return RunResult(config, epochs, activations, describe_environment(device), status, steps, model, recorder)
 
 # %% ../nbs/08_training.ipynb #89af3ca8
 def _watched(run: RunResult) -> pd.DataFrame:
