@@ -2,31 +2,37 @@
 
     python benchmarks/training.py --root data --rounds 3 --out training.json
 
-Every rival trains the same plain CNN (channels_last) with Adam on 60,000 images in batches of 256 and validates on 10,000, as its users
-write it. Rounds take turns, so that a slow moment of the machine meets them all; the table has the least seconds of each. The clock runs
+Every rival trains the same plain CNN (channels_last) with Adam in batches of 256 and validates, as its users write it. The clock runs
 from the tensors or data sets in memory and all imports done to the end of validation, for every rival alike. The floor is forward,
 backward and step on one fixed batch, as many times as an epoch has batches. Rivals whose package is missing are named.
+
+First whole epochs, 60,000 images and 10,000 for validation, each rival in a process of its own: seconds and peak memory. Machines that
+are shared change their pace by the second, so then small epochs of 20 batches (and 3) in turns in one process: the ratio to the floor of
+the same turn, its median and quartiles.
 """
 import importlib.util
 import json
+import logging
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import tyro
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from tqdm import trange
 
 from wib_nbdev.config import TrainConfig
-from wib_nbdev.data import channel_stats, load, standardise
+from wib_nbdev.data import ImageDataset, channel_stats, load, standardise
 from wib_nbdev.models import plain_cnn
 from wib_nbdev.recorder import ACTIVATION_TYPES
 from wib_nbdev.training import train
@@ -38,15 +44,30 @@ LR, BATCH = 0.004, 256
 class Options:
     """One epoch beside the rivals."""
     root: Path = Path('data')  # folder of Fashion-MNIST
-    rounds: int = 3  # each rival runs once in a round
+    rounds: int = 3  # whole epochs of each rival; 0 for none
+    turns: int = 30  # small epochs of each rival; 0 for none
     threads: int = 2  # threads of torch
+    only: tuple[str, ...] = ()  # parts of names: just these rivals, and the floor (default: all)
     rival: str | None = None  # run this one alone, once, and print its seconds and peak memory as JSON
     out: Path | None = None  # where to write the numbers as JSON
 
 
-def tensors(root: Path) -> tuple[torch.Tensor, ...]:
+@dataclass
+class Data:
+    "Fashion-MNIST, or the first images of it."
+    root: Path
+    n_train: int = 60_000
+    n_valid: int = 10_000
+
+    def images(self) -> ImageDataset:
+        whole = load('fashion_mnist', self.root)
+        return replace(whole, x_train=whole.x_train[:self.n_train], y_train=whole.y_train[:self.n_train],
+                       x_test=whole.x_test[:self.n_valid], y_test=whole.y_test[:self.n_valid])
+
+
+def tensors(data: Data) -> tuple[torch.Tensor, ...]:
     "Standardised float32 training and validation images and their labels, in memory."
-    images = load('fashion_mnist', root)
+    images = data.images()
     mean, std = channel_stats(images.x_train)
     return standardise(images.x_train, mean, std), images.y_train, standardise(images.x_test, mean, std), images.y_test
 
@@ -74,20 +95,23 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y:
 Epoch = Callable[[], object]  # what the clock runs over; each rival below imports and loads what it needs, then returns one
 
 
-def floor(root: Path) -> Epoch:
-    x, y, *_ = tensors(root)
+def floor(data: Data) -> Epoch:
+    x, y, *_ = tensors(data)
     x, y, model = x[:BATCH].to(memory_format=torch.channels_last), y[:BATCH], network()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
     def epoch() -> None:
-        for _ in range(235): step(model, optimizer, x, y)
+        for _ in range(-(-data.n_train // BATCH)): step(model, optimizer, x, y)
         with torch.no_grad():
-            for _ in range(40): model(x)
+            for _ in range(-(-data.n_valid // BATCH)): model(x)
     return epoch
 
 
-def ours(record: bool) -> Callable[[Path], Epoch]:
-    def prepare(root: Path) -> Epoch:
-        images = load('fashion_mnist', root)
+AS_FASTAI = dict(layers=['conv1', 'conv2', 'conv3', 'conv4'], near_zero=['near_zero_0.05'])  # what ActivationStats counts, where it is hung
+
+
+def ours(record: bool | dict[str, Any]) -> Callable[[Data], Epoch]:
+    def prepare(data: Data) -> Epoch:
+        images = data.images()
         return lambda: train(TrainConfig(epochs=1, device='cpu'), images, record=record, progress=False)
     return prepare
 
@@ -103,18 +127,19 @@ def loop(batches: DataLoader, valid: DataLoader) -> Epoch:
     return epoch
 
 
-def torchvision_loaders(root: Path, workers: int) -> tuple[DataLoader, DataLoader]:
+def torchvision_loaders(data: Data) -> tuple[DataLoader, DataLoader]:
     from torchvision import datasets, transforms
     change = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.286,), (0.353,))])
-    sets = {part: datasets.FashionMNIST(root, train=part, transform=change) for part in (True, False)}
-    return tuple(DataLoader(images, BATCH, shuffle=part, num_workers=workers) for part, images in sets.items())
+    sets = {part: datasets.FashionMNIST(data.root, train=part, transform=change) for part in (True, False)}
+    few = {part: Subset(images, range(data.n_train if part else data.n_valid)) for part, images in sets.items()}
+    return tuple(DataLoader(images, BATCH, shuffle=part) for part, images in few.items())
 
 
-def loop_torchvision(root: Path) -> Epoch: return loop(*torchvision_loaders(root, 0))
+def loop_torchvision(data: Data) -> Epoch: return loop(*torchvision_loaders(data))
 
 
-def loop_in_memory(root: Path) -> Epoch:
-    x, y, x_valid, y_valid = tensors(root)
+def loop_in_memory(data: Data) -> Epoch:
+    x, y, x_valid, y_valid = tensors(data)
     class Batches:
         def __init__(self, x: torch.Tensor, y: torch.Tensor): self.x, self.y = x, y
         def __iter__(self): return ((self.x[part], self.y[part]) for part in torch.randperm(len(self.x)).split(BATCH))
@@ -136,16 +161,16 @@ def fastai_learner(batches: DataLoader, valid: DataLoader) -> Epoch:
     return epoch
 
 
-def fastai_tensors(root: Path) -> Epoch:
+def fastai_tensors(data: Data) -> Epoch:
     from fastai.data.load import DataLoader as FastaiLoader
-    x, y, x_valid, y_valid = tensors(root)
+    x, y, x_valid, y_valid = tensors(data)
     sets = TensorDataset(x, y), TensorDataset(x_valid, y_valid)
     return fastai_learner(FastaiLoader(sets[0], bs=BATCH, shuffle=True, num_workers=0), FastaiLoader(sets[1], bs=BATCH, num_workers=0))
 
 
-def fastai_hand_made(root: Path) -> Epoch:
+def fastai_hand_made(data: Data) -> Epoch:
     "The best that a fastai user can do: a loader that slices tensors."
-    x, y, x_valid, y_valid = tensors(root)
+    x, y, x_valid, y_valid = tensors(data)
     class Slices:
         def __init__(self, x: torch.Tensor, y: torch.Tensor, shuffle: bool):
             self.x, self.y, self.shuffle, self.device, self.after_batch = x, y, shuffle, torch.device('cpu'), None
@@ -157,8 +182,9 @@ def fastai_hand_made(root: Path) -> Epoch:
     return fastai_learner(Slices(x, y, True), Slices(x_valid, y_valid, False))
 
 
-def lightning_torchvision(root: Path) -> Epoch:
+def lightning_torchvision(data: Data) -> Epoch:
     import lightning
+    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -168,14 +194,15 @@ def lightning_torchvision(root: Path) -> Epoch:
         def validation_step(self, batch, i): self.log('accuracy', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
         def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=LR, fused=True)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    loaders, module = torchvision_loaders(root, 0), Module()
+    loaders, module = torchvision_loaders(data), Module()
     return lambda: lightning.Trainer(max_epochs=1, accelerator='cpu', num_sanity_val_steps=0, **quiet).fit(module, *loaders)
 
 
-RIVALS: dict[str, tuple[str, Callable[[Path], Epoch]]] = {
+RIVALS: dict[str, tuple[str, Callable[[Data], Epoch]]] = {
     'floor: one fixed batch': ('torch', floor),
     'wib_nbdev, no statistics': ('torch', ours(False)),
     'wib_nbdev, statistics': ('torch', ours(True)),
+    'wib_nbdev, the statistics of fastai': ('torch', ours(AS_FASTAI)),
     'plain loop in memory, naive hooks': ('torch', loop_in_memory),
     'plain loop, torchvision DataLoader, naive hooks': ('torch', loop_torchvision),
     'fastai + ActivationStats, hand-made loader': ('fastai', fastai_hand_made),
@@ -184,20 +211,26 @@ RIVALS: dict[str, tuple[str, Callable[[Path], Epoch]]] = {
 }
 
 
-def alone(name: str, options: Options) -> None:
-    "Runs one rival in this process and prints what it took; loading the data is not counted, importing is not either."
-    torch.set_num_threads(options.threads)
+def get_ready(threads: int) -> None:
+    torch.set_num_threads(threads)
     torch.optim.Adam(nn.Linear(1, 1).parameters())  # a process's first optimiser imports 1.5 s of torch
-    epoch = RIVALS[name][1](options.root)
+
+
+def seconds_of(epoch: Epoch) -> float:
     clock = time.perf_counter()
     epoch()
-    seconds = time.perf_counter() - clock
+    return time.perf_counter() - clock
+
+
+def alone(name: str, options: Options) -> None:
+    "Runs one rival in this process and prints what it took; loading the data is not counted, importing is not either."
+    get_ready(options.threads)
+    seconds = seconds_of(RIVALS[name][1](Data(options.root)))
     print(json.dumps(dict(seconds=seconds, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 
 
-def main(options: Options) -> None:
-    if options.rival: return alone(options.rival, options)
-    names = [name for name, (package, _) in RIVALS.items() if importlib.util.find_spec(package)]
+def whole_epochs(names: list[str], options: Options) -> pd.DataFrame:
+    "Each rival in a process of its own, `rounds` times: rival, round, seconds, peak_mb."
     rows = []
     with tempfile.TemporaryDirectory() as elsewhere:
         for turn in range(options.rounds):
@@ -209,13 +242,38 @@ def main(options: Options) -> None:
                     continue
                 rows.append(dict(rival=name, round=turn, **json.loads(run.stdout.strip().splitlines()[-1])))
                 print(f"round {turn + 1} of {options.rounds}: {name}: {rows[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-    columns = dict(seconds=('seconds', 'min'), median=('seconds', 'median'), peak_mb=('peak_mb', 'max'))
-    table = pd.DataFrame(rows).groupby('rival', sort=False).agg(**columns)
-    table['times the floor'] = table['seconds'] / table['seconds'].iloc[0]
-    table['ours faster by'] = table['seconds'] / table.loc['wib_nbdev, statistics', 'seconds']
-    print(table.round(2).to_string())
-    for name in RIVALS.keys() - set(names): print(f'left out: {name}: {RIVALS[name][0]} is not installed (the extra bench)')
-    if options.out: options.out.write_text(json.dumps(dict(torch=torch.__version__, threads=options.threads, runs=rows), indent=2) + '\n')
+    return pd.DataFrame(rows)
+
+
+def small_epochs(names: list[str], options: Options) -> pd.DataFrame:
+    "All rivals in this process, in turns: seconds, a row a turn and a column a rival."
+    get_ready(options.threads)
+    epochs = {name: RIVALS[name][1](Data(options.root, 20 * BATCH, 3 * BATCH)) for name in names}
+    for epoch in epochs.values(): epoch()
+    return pd.DataFrame([{name: seconds_of(epoch) for name, epoch in epochs.items()} for _ in trange(options.turns, unit='turn')])
+
+
+def main(options: Options) -> None:
+    if options.rival: return alone(options.rival, options)
+    names = [name for name, (package, _) in RIVALS.items() if importlib.util.find_spec(package)]
+    names = [name for name in names if not options.only or name == names[0] or any(part in name for part in options.only)]
+    report: dict[str, Any] = dict(torch=torch.__version__, threads=options.threads)
+    if options.rounds:
+        runs = whole_epochs(names, options)
+        columns = dict(seconds=('seconds', 'min'), median=('seconds', 'median'), peak_mb=('peak_mb', 'max'))
+        table = runs.groupby('rival', sort=False).agg(**columns)
+        print(f"\nWhole epochs, {options.rounds} rounds, {options.threads} threads\n{table.round(2).to_string()}")
+        report['whole_epochs'] = runs.to_dict('records')
+    if options.turns:
+        turns = small_epochs(names, options)
+        ratios = turns.div(turns[names[0]], axis=0)
+        table = ratios.quantile([0.5, 0.25, 0.75]).T.set_axis(['times the floor', 'quartile', 'quartile '], axis=1)
+        if (us := 'wib_nbdev, statistics') in names: table['ours faster by'] = turns.div(turns[us], axis=0).median()
+        print(f'\n20 batches in turns, {options.turns} times, {options.threads} threads\n{table.round(2).to_string()}')
+        report['small_epochs'] = turns.to_dict('records')
+    for name, (package, _) in RIVALS.items():
+        if not importlib.util.find_spec(package): print(f'left out: {name}: {package} is not installed (the extra bench)')
+    if options.out: options.out.write_text(json.dumps(report, indent=2) + '\n')
 
 
 __file__ = str(Path(__file__).absolute())  # the rivals run elsewhere
