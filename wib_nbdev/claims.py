@@ -736,7 +736,8 @@ def judge_smooth(evidence:Evidence) -> Judgement:
     said = lambda x: f'{x.mean:.2f} ({x.low:.2f} to {x.high:.2f})' + (', undecided' if x.low < 1 < x.high else '')
     words = {split: ', '.join(f'{DATASET_LABELS[name]} {said(x)}' for name, x in zip(DATASETS, each, strict=True))
              for split, each in both.items()}
-    why = f"roughness, WIB-ReLU over ReLU: of the validation loss {words['valid']}; of the training loss, which is lower, {words['train']}"
+    why = (f"roughness, WIB-ReLU over ReLU: of the validation loss {words['valid']}; of the training loss (no part of the criterion) "
+           f"{words['train']}")
     return Judgement(*both['valid'][0], 2 * sum(map(len, ratios['valid'])), grade(*(x.high < 1 for x in both['valid'])), why)
 
 def _roughness_ratios(evidence: Evidence, dataset: str, split: str) -> pd.Series:
@@ -983,5 +984,8 @@ def control_in_words(
     clear = ours[ours['verdict'].isin(['better', 'worse'])].index
     shares = [f"{control.loc[row, 'effect'] / ours.loc[row, 'effect']:.0%} of the {ours.loc[row, 'metric']} on "
               f"{DATASET_LABELS[ours.loc[row, 'dataset']]}" for row in clear]
-    if shares: lines.append(f"\nOf WIB-ReLU's clear effects the control alone has {', '.join(shares)}.")
+    if shares:
+        unclear = (control.loc[clear, 'effect_low'] * control.loc[clear, 'effect_high'] <= 0).sum()
+        lines.append(f"\nOf WIB-ReLU's clear effects the control alone has {', '.join(shares)} (point estimates; the control's own "
+                     f"interval includes 0 in {unclear} of {len(clear)}).")
     return '\n'.join(lines)
