@@ -425,15 +425,16 @@ def run_sweep(
         finished = _finished(store, configs, record)
         todo = {config.key: config for config in configs if config.key not in finished}
         failed: dict[str, str] = {}
-        with tqdm(total=len(configs), initial=len(finished), unit='run', disable=not progress) as bar:
-            try: _run_all(todo, failed, store, bar, outcomes)
-            except KeyboardInterrupt:
-                done = sum((store / f'{config.key}.parquet').exists() for config in configs)
-                print(f'interrupted: {done} of {len(configs)} runs are in {store}; run the same sweep again to go on', file=sys.stderr)
-                raise
-            finally:
-                for key, error in failed.items():
-                    print(f'failed: {key}: {error.strip().splitlines()[-1]} (whole in {key}.error.txt)', file=sys.stderr)
+        try:
+            with tqdm(total=len(configs), initial=len(finished), unit='run', disable=not progress) as bar:
+                _run_all(todo, failed, store, bar, outcomes)
+        except KeyboardInterrupt:
+            done = sum((store / f'{config.key}.parquet').exists() for config in configs)
+            print(f'interrupted: {done} of {len(configs)} runs are in {store}; run the same sweep again to go on', file=sys.stderr)
+            raise
+        finally:  # below the bar, which is closed by now
+            for key, error in failed.items():
+                print(f'failed: {key}: {error.strip().splitlines()[-1]} (whole in {key}.error.txt)', file=sys.stderr)
     if failed and len(failed) == len(configs): raise SweepError(f'no run worked; what went wrong stands in {store}/*.error.txt')
     return load_results(store, [config.key for config in configs if config.key not in failed])
 
