@@ -28,7 +28,7 @@ def one_of(
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise ValueError(f"{argument}={value!r}: must be one of {', '.join(options)}{hint}")
 
-# %% ../nbs/lib/config.ipynb #11818581
+# %% ../nbs/lib/config.ipynb #9ac5a7ca
 _WORDS = {'low': 'of at least', 'high': 'of at most', 'above': 'above', 'below': 'below'}
 
 def check_number(
@@ -38,7 +38,8 @@ def check_number(
     integer:bool=False, # whole numbers only
     **bounds:float, # low, high, above, below: the least, the greatest, and what it must exceed or stay under
 ) -> Any:
-    "`value` if it is a finite number within the bounds. `TypeError` if it is no number, `ValueError` if it is the wrong one."
+    """`value` if it is a finite number within the bounds. `TypeError` if it is no number, `ValueError` if
+    it is the wrong one."""
     words = ' and '.join(f'{_WORDS[name]} {bound}' for name, bound in bounds.items())
     right = f"must be {'an integer' if integer else 'a finite number'} {words}".strip()
     kind: Any = Integral if integer else Real

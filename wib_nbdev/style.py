@@ -63,7 +63,7 @@ def marker(arm:str) -> str:
     "The marker of an arm; `ValueError` for one that is not in `ARM_STYLE`."
     return ARM_STYLE[one_of(arm, ARM_STYLE, 'arm')].marker
 
-# %% ../nbs/lib/style.ipynb #e9d40bd4
+# %% ../nbs/lib/style.ipynb #9877a96e
 THEORY: dict[str, Any] = dict(color='#767676', linestyle='--', linewidth=1.2)
 BAND: dict[str, Any] = dict(alpha=0.2, linewidth=0)
 
@@ -88,7 +88,8 @@ def panels(
     panel_size:tuple[float, float]=(4.2, 2.8), # inches, of one panel
     **kwargs:Any, # further arguments of `plt.subplots`
 ) -> tuple[Figure, np.ndarray]:
-    "A figure and its axes (n_rows, n_cols). The figure is closed for pyplot, so a notebook shows it once: as the value of a cell."
+    """A figure and its axes (n_rows, n_cols). The figure is closed for pyplot, so a notebook shows it
+    once: as the value of a cell."""
     width, height = panel_size
     size = (width * n_cols, height * n_rows)
     figure, axes = plt.subplots(n_rows, n_cols, figsize=size, squeeze=False, layout='constrained', **kwargs)
