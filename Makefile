@@ -3,37 +3,51 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test results lab docs bench check readme dist clean
+.PHONY: help reproduce test test-all cuda results lab docs bench check readme dist clean
 
 PYTHON ?= python3
 OLDEST := 3.10
 BIN := .venv/bin
 PRESET ?= quick
-# What decides whether an installation is out of date. The stamps hold a digest, so a fresh checkout's dates do not matter.
-FACTS := settings.ini setup.py pyproject.toml
-DIGEST := $(shell cat $(FACTS) | cksum | tr ' ' -)
+TORCH ?=
+# An installation is out of date when one of these files changes. The stamps hold a digest: dates mean nothing in a fresh checkout.
+DIGEST := $(shell cat settings.ini setup.py pyproject.toml | cksum | tr ' ' -)
 LIBRARY := .venv/.library-$(DIGEST)
 DEV := .venv/.dev-$(DIGEST)
 DOCS := .venv/.docs-$(DIGEST)
 BENCH := .venv/.bench-$(DIGEST)
+PINNED := .venv/.pinned-$(DIGEST)
+# An environment whose Python does not start (a moved clone, a Python that was removed) is made anew.
+ifneq ($(wildcard .venv/.made),)
+ifneq ($(shell $(BIN)/python -c 'print("starts")' 2>/dev/null),starts)
+$(shell rm -f .venv/.made .venv/.library-* .venv/.dev-* .venv/.docs-* .venv/.bench-* .venv/.pinned-*)
+endif
+endif
 
 help:  ## print this list
-	@echo 'wib_nbdev: make TARGET [PYTHON=python3] [PRESET=quick|paper]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'wib_nbdev: make TARGET [PYTHON=python3] [PRESET=quick|paper] [TORCH=cpu]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 reproduce: $(LIBRARY)  ## create .venv, install, run the reproduction (PRESET=paper: the full one)
-	@$(BIN)/wib-nbdev reproduce --preset $(PRESET)
+	@$(BIN)/python -m wib_nbdev reproduce --preset $(PRESET)
 
-test: $(DEV)  ## create .venv, install, run the notebooks' tests and pytest
-	@$(BIN)/python tests/run_notebooks.py
-	@$(BIN)/pytest
+test: $(DEV)  ## create .venv, install, run every notebook and the tests: minutes
+	@$(BIN)/python -m pytest -n auto
 
-results: $(LIBRARY)  ## run what results/ lacks of the full reproduction (hours; resumes), and merge it there
-	@$(BIN)/wib-nbdev data --download > /dev/null
-	@$(BIN)/python results/make.py
+test-all: $(BENCH) $(DOCS)  ## the slow tests too: killed processes, full disks, many networks, the browser: an hour or more
+	@$(BIN)/python -m pytest -n auto --run-slow
+
+cuda: $(BENCH)  ## on a machine with a CUDA device: its tests, its notebook cells, and the training benchmark
+	@$(BIN)/python -m pytest -m cuda
+	@$(BIN)/nbdev_test --flags cuda --path nbs/06_training.ipynb --n_workers 0
+	@$(BIN)/python benchmarks/training.py
+
+results: $(PINNED)  ## run what the full reproduction lacks (hours; resumes), and merge it
+	@$(BIN)/python -m wib_nbdev data --download > /dev/null
+	@$(BIN)/python tools/merge_results.py run
 
 lab: $(DEV)  ## open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@$(BIN)/python -m jupyterlab nbs/index.ipynb
 
 docs: $(DOCS)  ## build the documentation site in _docs
 	@$(BIN)/python docs/build.py
@@ -44,7 +58,7 @@ bench: $(BENCH)  ## run the benchmarks beside their peers, one after the other
 check: $(DEV)  ## export and clean are no-ops; lint and types pass
 	@$(BIN)/python tests/check_generated.py
 	@$(BIN)/python docs/readme.py --check
-	@$(BIN)/ruff check nbs tests benchmarks docs results setup.py
+	@$(BIN)/ruff check nbs tests benchmarks docs tools setup.py wib_nbdev
 	@$(BIN)/mypy
 
 readme: $(DEV)  ## write README.md from nbs/index.ipynb
@@ -66,9 +80,11 @@ clean:  ## remove what the other targets made, but not data and runs
 	@$(PYTHON) -m venv --clear .venv
 	@touch $@
 
+pip = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 define install
 	@echo 'Installing $(1) into .venv (minutes the first time: torch is large) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1)' || { \
+	@if [ "$(TORCH)" = cpu ]; then $(pip) torch torchvision --index-url https://download.pytorch.org/whl/cpu; fi
+	@$(pip) $(2) --editable '$(1)' || { \
 		echo "make: the installation failed (see above). Without a network, point pip at a folder of wheels with PIP_FIND_LINKS and PIP_NO_INDEX=1." >&2; exit 1; }
 	@touch $@
 endef
@@ -85,5 +101,10 @@ $(DOCS): $(DEV)
 
 $(BENCH): $(DEV)
 	$(call install,.[dev$(comma)bench$(comma)cluster])
+
+# The versions that the committed runs were made with, so that a new release cannot void them half-way.
+$(PINNED): constraints.txt | .venv/.made
+	$(call install,.,--constraint constraints.txt)
+	@touch $(LIBRARY)
 
 comma := ,

@@ -9,7 +9,7 @@ BIN = Path(sys.executable).parent
 
 
 def digests() -> dict[str, str]:
-    patterns = ('nbs/*.ipynb', 'nbs/*.yml', 'wib_nbdev/*.py', 'pyproject.toml', 'settings.ini')
+    patterns = ('nbs/**/*.ipynb', 'nbs/*.yml', 'wib_nbdev/*.py', 'pyproject.toml', 'settings.ini')
     files = [file for pattern in patterns for file in ROOT.glob(pattern)]
     return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

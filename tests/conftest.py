@@ -13,10 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # several test processes share the cores
 # Tests send Ctrl-C to processes. A shell ignores it for what runs in its background, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-hypothesis.settings.register_profile('house', deadline=None)  # no test measures time
-hypothesis.settings.load_profile('house')
+hypothesis.settings.register_profile('ours', deadline=None)  # no test measures time
+hypothesis.settings.load_profile('ours')
 
 
 def pytest_addoption(parser):
@@ -26,6 +27,8 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     skip_slow = pytest.mark.skip(reason='takes minutes; run with --run-slow')
     for item in items:
+        # The tests of a file run in one process and share its fixtures, but each notebook is a job of its own.
+        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.name))
         if 'slow' in item.keywords and not config.getoption('--run-slow'): item.add_marker(skip_slow)
         if 'cuda' in item.keywords:
             import torch

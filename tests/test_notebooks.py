@@ -1,38 +1,33 @@
-"""Each notebook by "Restart and run all" against the installed wheel, in a folder that is not the checkout."""
-import json
+"""Each notebook by nbdev's own runner, once, with the solutions of its exercises after its cells."""
 import re
-import shutil
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from nbdev.test import test_nb as run_notebook
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(ROOT.glob('nbs/*.ipynb'))
-SKIPPED = re.compile(r'^#\| *(slow|cuda|notest)', re.M)  # what needs hours, a GPU or the full data, as in nbdev_test
+NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in path.parts)
+FACTS = ConfigParser(delimiters=['='])
+FACTS.read(ROOT / 'settings.ini')
 
 
-@pytest.fixture(scope='module')
-def kernel(installed, tmp_path_factory) -> Path:
-    "A folder of Jupyter kernels with one, the environment that holds the wheel."
-    folder = tmp_path_factory.mktemp('jupyter')
-    spec = folder / 'kernels' / 'wheel'
-    spec.mkdir(parents=True)
-    command = [str(installed), '-m', 'ipykernel_launcher', '-f', '{connection_file}']
-    (spec / 'kernel.json').write_text(json.dumps(dict(argv=command, display_name='wheel', language='python')))
-    return folder
+def solutions(notebook: nbformat.NotebookNode) -> list[str]:
+    "The Python of the folded solutions."
+    text = '\n'.join(cell.source for cell in notebook.cells if cell.cell_type == 'markdown')
+    folded = re.findall(r'<details>.*?</details>', text, re.S)
+    return [code for fold in folded for code in re.findall(r'^```python\n(.*?)^```', fold, re.S | re.M)]
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_against_the_wheel(notebook, kernel, tmp_path, monkeypatch):
-    monkeypatch.setenv('JUPYTER_PATH', str(kernel))
-    monkeypatch.delenv('PYTHONPATH', raising=False)
-    shutil.copy(notebook, tmp_path)
-    content = nbformat.read(tmp_path / notebook.name, 4)
-    content.cells = [cell for cell in content.cells if not SKIPPED.search(cell.source)]
-    where = nbformat.v4.new_code_cell('import wib_nbdev; print(wib_nbdev.__file__)')
-    content.cells.append(where)
-    NotebookClient(content, timeout=600, kernel_name='wheel', resources={'metadata': {'path': str(tmp_path)}}).execute()
-    assert str(ROOT) not in where.outputs[0].text
-    assert [path.name for path in tmp_path.iterdir()] == [notebook.name], 'a notebook leaves nothing beside itself'
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / 'nbs')))
+def test_notebook(path, tmp_path, monkeypatch, capfd):
+    "Runs from top to bottom in a folder that is not the checkout, and leaves nothing there."
+    notebook = nbformat.read(path, 4)
+    notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions(notebook)]
+    copy = tmp_path / path.name
+    nbformat.write(notebook, copy)
+    monkeypatch.setenv('IN_TEST', '1')
+    passed, _ = run_notebook(copy, skip_flags=FACTS['DEFAULT']['tst_flags'].split())
+    assert passed, capfd.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == [path.name], 'a notebook leaves nothing beside itself'

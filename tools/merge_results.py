@@ -1,0 +1,128 @@
+"""The committed full reproduction: make its runs, merge what is finished, and publish the whole.
+
+    python tools/merge_results.py run        # hours; stopped at any time, the same command goes on
+    python tools/merge_results.py merge      # what the store holds, into results_next/
+    python tools/merge_results.py publish    # results_next/ is whole: into the package, with verdicts and a README
+"""
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from wib_nbdev.claims import judge, robustness
+from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
+from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
+
+ROOT = Path(__file__).parents[1]
+NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
+CRITERIA = 'nbs/lib/claims.ipynb'
+
+
+def git(*words: str) -> str:
+    return subprocess.run(['git', '-C', str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def lacking(results: Results) -> set[str]:
+    "The keys of the plan that the results lack; the best rates follow from the rest."
+    planned = {config.key for config in full_plan()}
+    held = set(results.runs['key'])
+    if planned <= held: planned |= {config.key for follow in (edge_plan, best_rate_plan) for config in follow(results)}
+    return planned - held
+
+
+def criteria_commit(commits: set[str]) -> str:
+    "The last commit that changed the criteria, 'ID of DATE'; `SystemExit` unless each run was made by a commit that descends from it."
+    criteria = git('log', '-1', '--format=%h of %ci', '--', CRITERIA)
+    for commit in commits:
+        try: git('merge-base', '--is-ancestor', criteria.split()[0], commit or 'none')
+        except subprocess.CalledProcessError:
+            sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({criteria}): make them again')
+    return criteria
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    flat = frame.reset_index()
+    rows = [list(flat.columns), ['---'] * flat.shape[1], *flat.to_numpy().tolist()]
+    return '\n'.join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def readme(results: Results) -> str:
+    "What these files are, where they come from, and how to get them again."
+    runs = with_arms(results).runs
+    seeds = runs.groupby(['dataset', 'valid', 'optimizer', 'momentum', 'lr', 'arm'])['seed'].nunique().unstack('arm', fill_value=0)
+    where = ['processor', 'machine', 'cpu_capability', 'ran_on', 'threads', 'system', 'python', 'torch', 'numpy', 'commit']
+    made = runs.groupby(where).agg(runs=('key', 'size'), first=('made_at', 'min'), last=('made_at', 'max'))
+    files = sorted(path for path in PACKAGE.iterdir() if path.suffix in ('.csv', '.parquet'))
+    table = pd.DataFrame([{'file': f'`{path.name}`', 'MB': f'{path.stat().st_size / 1e6:.2f}',
+                           'SHA-256': f'`{hashlib.sha256(path.read_bytes()).hexdigest()}`'} for path in files]).set_index('file')
+    return f'''<!-- Written by tools/merge_results.py: do not edit. -->
+# The full reproduction
+
+Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, together {runs['seconds'].sum() / 3600:.1f} hours of one
+thread. The plan stands in `nbs/lib/plan.ipynb`. `make results` makes the runs, and goes on where some are lacking.
+
+The criteria that judge these runs (`{CRITERIA}`) were last changed by {criteria_commit(set(runs['commit']))}; every run was made by that
+commit or a later one. Settings and claims were chosen after 513 earlier runs with other seeds had been seen
+(`python tools/first_round.py compare` shows both); none of those is used here.
+
+## Seeds of each arm
+
+{markdown(seeds[[arm for arm in ARMS if arm in seeds]])}
+
+## Where they were made
+
+Every run had a process and a thread of its own, with the processor's instructions held to AVX2, so that the bits are the same on
+any x86-64 machine with these versions (`wib-nbdev verify` checks). `seconds` is a run's wall time beside other runs: not a benchmark.
+
+{markdown(made)}
+
+## Files
+
+{markdown(table)}
+
+- `runs.csv`: a line a run: key, configuration, status, seconds, versions, SHA-256 of the weights after the first and the last epoch.
+- `epochs.parquet`: key, epoch, split, loss (nats), accuracy (share), seconds.
+- `correct.parquet`: key, bits: which test images were right after the last epoch (`numpy.packbits`, in file order).
+- `steps.parquet`: key, iteration, loss (nats) of the first epoch. Not in the wheel.
+- `layers.parquet`: key, iteration, layer, mean, std (population), inactive and near-zero shares, gradient_rms. Not in the wheel.
+- `verdicts.csv`, `robustness.csv`: what `wib_nbdev.claims` says of these files.
+'''
+
+
+def publish() -> None:
+    "Changes over: results_next/ becomes the results of the package."
+    results = load_results(NEXT)
+    if missing := lacking(results): sys.exit(f'{len(missing)} of the planned runs are lacking: run and merge first')
+    criteria_commit(set(results.runs['commit']))
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    write_results(results, PACKAGE)
+    judge(results).to_csv(PACKAGE / 'verdicts.csv', index=False)
+    robustness(results).to_csv(PACKAGE / 'robustness.csv', index=False)
+    (PACKAGE / 'README.md').write_text(readme(results))
+    print(f'{len(results.runs)} runs are in {PACKAGE.relative_to(ROOT)}; results_next/ can go')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('step', choices=('run', 'merge', 'publish'))
+    parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper', help='folder of the runs, a file each')
+    parser.add_argument('--root', type=Path, default=None, help='folder of the full data (default: WIB_DATA, else data)')
+    parser.add_argument('--jobs', type=int, default=-1, help='worker processes (default: one a core)')
+    options = parser.parse_args()
+    if options.step == 'publish': return publish()
+    if options.step == 'run':
+        if git('status', '--porcelain', '--', 'wib_nbdev'): sys.exit('wib_nbdev/ was edited: commit first, for runs name what made them')
+        if (NEXT / 'runs.csv').exists(): print(f'{restore_runs(NEXT, options.store)} merged runs put into {options.store}')
+        try: run_plan(options.store, n_jobs=options.jobs, root=options.root)
+        except SweepError as error: sys.exit(str(error))
+    results = load_results(options.store)
+    criteria_commit(set(results.runs['commit']))
+    write_results(results, NEXT)
+    print(f'{len(results.runs)} runs are in {NEXT.relative_to(ROOT)}, {len(lacking(results))} of the plan are lacking')
+
+
+if __name__ == '__main__': main()

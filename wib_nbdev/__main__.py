@@ -1,0 +1,3 @@
+from wib_nbdev.cli import main
+
+if __name__ == "__main__": main()
