@@ -7,7 +7,7 @@ __all__ = ['RunResult', 'resolve_device', 'describe_environment', 'load_images',
            'Evaluation', 'evaluate', 'train_epoch', 'digest', 'train', 'figure_layers', 'figure_near_zero',
            'TrainConfig', 'LAYERS']
 
-# %% ../nbs/06_training.ipynb #d32edce3
+# %% ../nbs/06_training.ipynb #ac794425
 import hashlib
 import math
 import platform
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .config import Device, Status, TrainConfig, one_of
-from .data import ImageDataset, channel_stats, holdout, load
+from .data import ImageDataset, channel_stats, holdout, load, subset
 from .models import LAYERS, deep_cnn, mlp, plain_cnn, rnn
 from .recorder import ActivationRecorder, plot_layer_stats, plot_near_zero
 from .style import panels
@@ -81,7 +81,7 @@ def describe_environment(
                 ran_on=device.type, processor=processor, cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
 
-# %% ../nbs/06_training.ipynb #20029d9e
+# %% ../nbs/06_training.ipynb #a5337809
 def load_images(
     config:TrainConfig, # its dataset, sample, valid and n_train count
     data:ImageDataset | None=None, # images already loaded
@@ -92,7 +92,7 @@ def load_images(
     if data is None: data = load(config.dataset, root=root, sample=config.sample)
     if data.name != config.dataset: raise ValueError(f'data={data.name!r}: the config asks for dataset={config.dataset!r}')
     if config.valid == 'holdout': data = holdout(data)
-    return data
+    return data if config.n_train is None else subset(data, config.n_train)
 
 def build_model(
     config:TrainConfig, # what decides the network and its first weights
@@ -226,7 +226,7 @@ def _deterministic(device:torch.device) -> Iterator[None]:
     finally:
         for name, value in before.items(): setattr(torch.backends.cudnn, name, value)
 
-# %% ../nbs/06_training.ipynb #940b68e1
+# %% ../nbs/06_training.ipynb #4eb8a76f
 class _Run:
     "A run under way: what it needs, and what it has seen so far."
     def __init__(self, config:TrainConfig, images:ImageDataset, record:bool | dict[str, Any]):
@@ -258,11 +258,10 @@ class _Run:
         run: Any = torch.compile(self.model) if config.compile else self.model
         generator = torch.Generator().manual_seed(2 * config.seed + 1)  # apart from the weights' generator
         sizes = [min(config.batch_size, n - start) for start in range(0, n, config.batch_size)]
-        updates = self.recorder if self.recorder and self.recorder.updates else None
         for epoch in range(1, config.epochs + 1):
             clock = time.perf_counter()
             order = torch.randperm(n, generator=generator).to(self.device)
-            losses, accuracy = train_epoch(run, self.optimizer, self.batches, order, amp=config.amp, recorder=updates, bar=bar)
+            losses, accuracy = train_epoch(run, self.optimizer, self.batches, order, amp=config.amp, recorder=self.recorder, bar=bar)
             self.losses += losses
             loss = float(np.average(losses, weights=sizes))
             self.add(epoch, 'train', loss, accuracy, clock)
