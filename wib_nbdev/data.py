@@ -257,7 +257,7 @@ def _download(url:str, part:Path) -> None:
         if not is_worth_another or failures == 5: raise error
         time.sleep(5 * failures)
 
-# %% ../nbs/lib/data.ipynb #c0a8250d
+# %% ../nbs/lib/data.ipynb #b2bc91a1
 def _fetch_package(root:Path, layout:_Layout, package:str) -> None:
     "Download one packed file; it gets its name when its content is right."
     url, path = _address(layout, package), root/package
@@ -276,17 +276,14 @@ def _fetch_package(root:Path, layout:_Layout, package:str) -> None:
     os.replace(part, path)
 
 def _fetch(name:str, root:Path) -> None:
-    "Download what is missing of a data set, in the first layout that the server has; one process at a time."
-    lock = root/f'{name}.lock'
-    with FileLock(lock):
-        for layout in _LAYOUTS[name]:
-            try:
-                for package in dict.fromkeys(layout.package(file) for file in _missing(root, layout)):
-                    _fetch_package(root, layout, package)
-                break
-            except HTTPError as error:
-                if error.code != 404 or layout is _LAYOUTS[name][-1]: raise
-    lock.unlink(missing_ok=True)
+    "Download what is missing of a data set, in the first layout that the server has."
+    for layout in _LAYOUTS[name]:
+        try:
+            for package in dict.fromkeys(layout.package(file) for file in _missing(root, layout)):
+                _fetch_package(root, layout, package)
+            return
+        except HTTPError as error:
+            if error.code != 404 or layout is _LAYOUTS[name][-1]: raise
 
 # %% ../nbs/lib/data.ipynb #4ef1791b
 def _as_dataset(name:str, arrays:Sequence[np.ndarray], source:str) -> ImageDataset:
@@ -305,7 +302,7 @@ def _load_sample(name:str) -> ImageDataset:
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return _as_dataset(name, [arrays[part] for part in _PARTS], 'embedded sample')
 
-# %% ../nbs/lib/data.ipynb #dbb8a420
+# %% ../nbs/lib/data.ipynb #3899e5a0
 def _explain_missing(name:str, root:Path) -> str:
     layout = _choose_layout(name, root)
     missing = _missing(root, layout)
@@ -330,9 +327,12 @@ def load(
     root = _root(root)
     if _missing(root, _choose_layout(name, root)):
         if not download: raise FileNotFoundError(_explain_missing(name, root))
-        try: _fetch(name, root)
-        except (OSError, HTTPException) as error:
+        lock = root/f'{name}.lock'
+        try:
+            with FileLock(lock): _fetch(name, root)  # one process downloads, the others wait
+        except (OSError, HTTPException, ValueError) as error:
             raise FileNotFoundError(f'{_explain_missing(name, root)} The download failed: {error}') from error
+        finally: lock.unlink(missing_ok=True)
     layout = _choose_layout(name, root)
     found = _examine(root, layout)
     for each in found:
@@ -359,13 +359,11 @@ def inspect(
             rows.append(dict(dataset=name, file=where, status=status, problem=problem))
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/data.ipynb #3ea66efe
+# %% ../nbs/lib/data.ipynb #67cdf74e
 def table_1(
-    datasets:Sequence[ImageDataset] | None=None, # the full data, read from `root`, if None
-    root:str | Path | None=None, # as in `load`
+    datasets:Sequence[ImageDataset], # the full data, for the paper's numbers
 ) -> pd.DataFrame:
     "Table 1 of the paper, computed: a row per data set."
-    if datasets is None: datasets = [load(name, root) for name in DATASETS]
     return pd.DataFrame([{
         'Name': DATASET_LABELS[dataset.name],
         'Number of training examples': len(dataset.x_train),
@@ -394,19 +392,15 @@ def plot_images(
     ax.spines[:].set_visible(False)
     return ax
 
-# %% ../nbs/lib/data.ipynb #02680cd4
-def _check_images(x:Tensor, argument:str) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
-        raise TypeError(f"{argument} of {getattr(x, 'dtype', type(x).__name__)}: must be a uint8 tensor")
-    if x.ndim != 4 or not x.numel():
-        right = 'must be (batch, channels, height, width) and not empty'
-        raise ValueError(f'{argument} of shape {tuple(x.shape)}: {right}')
+# %% ../nbs/lib/data.ipynb #52b4a11f
+def _check_bytes(x:Tensor, argument:str) -> None:
+    if x.dtype != torch.uint8: raise TypeError(f'{argument} of {x.dtype}: must be raw images, of torch.uint8')
 
 def channel_stats(
     x_train:Tensor, # uint8 (batch, channels, height, width), the training images
 ) -> tuple[Tensor, Tensor]:
     "Mean and population standard deviation of pixels scaled to [0, 1], each float64 (channels,) on the CPU."
-    _check_images(x_train, 'x_train')
+    _check_bytes(x_train, 'x_train')
     counts = torch.stack([torch.bincount(pixels.flatten(), minlength=256) for pixels in x_train.unbind(1)])
     counts = counts.cpu().double()
     share, values = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
@@ -414,7 +408,7 @@ def channel_stats(
     variance = (share * (values - mean[:, None]).square()).sum(1)
     return mean, variance.sqrt()
 
-# %% ../nbs/lib/data.ipynb #25f08325
+# %% ../nbs/lib/data.ipynb #3ded7b6b
 def standardise(
     x:Tensor, # uint8 (batch, channels, height, width)
     mean:Tensor, # (channels,), of pixels scaled to [0, 1], from the training images
@@ -423,7 +417,7 @@ def standardise(
 ) -> Tensor:
     """Images as float32 of mean 0 and standard deviation 1 per channel, shaped and placed like `x`.
     The only tensor allocated is the result."""
-    _check_images(x, 'x')
+    _check_bytes(x, 'x')
     for values, name in ((mean, 'mean'), (std, 'std')):
         if values.shape != x.shape[1:2]:
             raise ValueError(f'{name} of shape {tuple(values.shape)}: must be ({x.shape[1]},), as channels')
