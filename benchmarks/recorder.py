@@ -1,13 +1,14 @@
-"""What does it cost to watch a network train? The plain CNN on Fashion-MNIST, with and without statistics at every iteration, side by side.
+"""What does it cost to watch a network train? The plain CNN, with and without statistics at every iteration.
 
     python benchmarks/recorder.py                        # a table for 1 thread and for all cores
     python benchmarks/recorder.py --threads 2 --out recorder.json
 
-Every variant trains its own copy of the network on the same batches, channels_last, images in memory. The variants take turns,
-some steps each, so that whatever else the machine does falls on all of them. A variant's cost is the median over the rounds of
-its time divided by that of the plain loop's turn in the same round, less 1; the range given is the middle half of the rounds.
-`naive` takes four statistics (mean, std, |a| < 0.5, preact <= 0) with `.item()`; `naive, every definition` takes what the
-recorder takes, the histogram definitions with `torch.histc`.
+Every variant trains its own copy of the network on the same batches, channels_last, images in memory. The
+variants take turns, some steps each, so that whatever else the machine does falls on all of them. A variant's
+cost is the median over the rounds of its time divided by that of the plain loop's turn in the same round,
+less 1; the range given is the middle half of the rounds. `naive` takes four statistics (mean, std, |a| <
+0.5, input of the activation <= 0) with `.item()`; `naive, every definition` takes all that the recorder can
+take, the histogram definitions with `torch.histc`. `recorder` takes what Fig. 7 to 11 need.
 """
 from __future__ import annotations
 
@@ -26,31 +27,32 @@ from torch.nn import functional as F
 
 from wib_nbdev.data import channel_stats, load, standardise
 from wib_nbdev.models import plain_cnn
-from wib_nbdev.recorder import ActivationRecorder, activation_of
+from wib_nbdev.recorder import NEAR_ZERO, ActivationRecorder, activation_of
 
 BATCH = 256
 ACTIVATED = ('conv1', 'conv2', 'conv3', 'conv4')
 SEVEN = (*ACTIVATED, 'pool', 'flatten', 'dense')
-OURS = ('near_zero_0.5',)
 
 
 def naive(module: nn.Module, preact: Tensor, output: Tensor, rows: list) -> None:
     "Four statistics as one writes them first."
     a = output.detach()
-    rows.append((a.mean().item(), a.std().item(), (a.abs() < 0.5).float().mean().item(), (preact <= 0).float().mean().item()))
+    near_zero, inactive = (a.abs() < 0.5).float().mean().item(), (preact <= 0).float().mean().item()
+    rows.append((a.mean().item(), a.std().item(), near_zero, inactive))
 
 
 def naive_all(module: nn.Module, preact: Tensor, output: Tensor, rows: list) -> None:
-    "Everything that the recorder records, as the libraries that defined it count it."
+    "Every definition, as the libraries that it comes from count it."
     naive(module, preact, output, rows)
     a = output.detach()
     low, course, shifted = a.abs().histc(40, 0, 10), a.histc(40, 0, 10), a.histc(40, -7, 7)
-    rows.append(((a <= 0.05).float().mean().item(), (low[0] / low.sum()).item(), (course[:2].sum() / course.sum()).item(),
-                 (shifted[19:22].sum() / shifted.sum()).item()))
+    shares = [(a <= 0.05).float().mean(), low[0] / low.sum(), course[:2].sum() / course.sum(),
+              shifted[19:22].sum() / shifted.sum()]
+    rows.append([share.item() for share in shares])
 
 
 def attach_naive(model: nn.Module, take: Callable) -> None:
-    "`take` at the activations of the four convolutions and at the dense layer: the layers that the recorder has by default."
+    "`take` at the layers that the recorder has by default: the four activations and the dense layer."
     rows: list = []
     for name in (*ACTIVATED, 'dense'):
         layer = model.get_submodule(name)
@@ -64,8 +66,9 @@ VARIANTS: dict[str, Callable[[nn.Module], object]] = {
     'naive, every definition': lambda model: attach_naive(model, naive_all),
     'recorder': lambda model: ActivationRecorder(model).start(),
     'recorder, seven layers': lambda model: ActivationRecorder(model, SEVEN).start(),
-    'recorder, |a| < 0.5 only': lambda model: ActivationRecorder(model, near_zero=OURS).start(),
+    'recorder, every definition': lambda model: ActivationRecorder(model, near_zero=tuple(NEAR_ZERO)).start(),
     'recorder, every=10': lambda model: ActivationRecorder(model, every=10).start(),
+    'recorder, gradients': lambda model: ActivationRecorder(model, gradients=True).start(),
     'recorder, histograms': lambda model: ActivationRecorder(model, histogram=True).start(),
 }
 
@@ -101,7 +104,9 @@ def get_images(root: str | None, n: int) -> tuple[Tensor, Tensor, str]:
     return images[take].contiguous(memory_format=torch.channels_last), data.y_train[take], data.source
 
 
-def measure(threads: int, activation: str, images: Tensor, labels: Tensor, args: argparse.Namespace) -> list[dict]:
+def measure(
+    threads: int, activation: str, images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> list[dict]:
     "A row for each variant."
     torch.set_num_threads(threads)
     runs = {variant: Run(variant, activation, images, labels) for variant in args.variants}
@@ -113,39 +118,46 @@ def measure(threads: int, activation: str, images: Tensor, labels: Tensor, args:
     rows = []
     for variant, ms in times.items():
         low, middle, high = np.percentile(np.array(ms) / plain - 1, [25, 50, 75])
-        row = {'threads': threads, 'activation': activation, 'variant': variant, 'ms_median': float(np.median(ms)), 'ms_best': min(ms),
-               'cost': middle, 'cost_low': low, 'cost_high': high, 'cost_of_best': min(ms) / plain.min() - 1}
+        row = {'threads': threads, 'activation': activation, 'variant': variant,
+               'ms_median': float(np.median(ms)), 'ms_best': min(ms), 'cost': middle, 'cost_low': low,
+               'cost_high': high, 'cost_of_best': min(ms) / plain.min() - 1}
         rows.append(row)
         line = f'{threads:7}  {activation:10}  {variant:26} {row["ms_median"]:7.2f} {row["ms_best"]:7.2f}'
-        if variant != 'no statistics': line += f' {middle:+8.1%}  ({low:+.1%} to {high:+.1%})  {row["cost_of_best"]:+8.1%}'
+        if variant != 'no statistics':
+            line += f' {middle:+8.1%}  ({low:+.1%} to {high:+.1%})  {row["cost_of_best"]:+8.1%}'
         print(line, flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = os.cpu_count() or 1
-    parser.add_argument('--threads', type=int, nargs='+', default=sorted({1, cores}), help='numbers of threads (default: 1 and all cores)')
-    parser.add_argument('--activations', nargs='+', default=['relu', 'wib_relu'], help='of the plain CNN (default: relu wib_relu)')
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS), help='what to compare (default: everything)')
-    parser.add_argument('--rounds', type=int, default=15, help='turns of each variant (default: 15)')
-    parser.add_argument('--steps', type=int, default=20, help='training steps in a turn (default: 20)')
-    parser.add_argument('--root', help='folder with the full data (default: ./data; else the sample inside the package)')
-    parser.add_argument('--out', type=Path, help='also write the numbers to this JSON file')
+    add = parser.add_argument
+    add('--threads', type=int, nargs='+', default=sorted({1, cores}), help='default: 1 and all cores')
+    add('--activations', nargs='+', default=['relu', 'wib_relu'], help='default: relu wib_relu')
+    add('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS), help='default: all')
+    add('--rounds', type=int, default=15, help='turns of each variant (default: 15)')
+    add('--steps', type=int, default=20, help='training steps in a turn (default: 20)')
+    add('--root', help='folder with the full data (default: ./data; else the sample inside the package)')
+    add('--out', type=Path, help='also write the numbers to this JSON file')
     args = parser.parse_args()
-    if min(args.rounds, args.steps, *args.threads) < 1: parser.error('--rounds, --steps and --threads must be at least 1')
+    if min(args.rounds, args.steps, *args.threads) < 1:
+        parser.error('--rounds, --steps and --threads must be at least 1')
     if 'no statistics' not in args.variants: args.variants.insert(0, 'no statistics')
 
     images, labels, source = get_images(args.root, 40 * BATCH)
     print(f'{len(images):,} images ({source}), batch {BATCH}, torch {torch.__version__}, {cores} cores, '
           f'{args.rounds} rounds of {args.steps} steps')
-    print('threads  activation  variant                    ms/step    best     cost  (middle half)        of best')
+    heads = 'threads  activation  variant                    ms/step    best     cost  (middle half)'
+    print(heads + '        of best')
     rows = []
     for threads in args.threads:
         for activation in args.activations: rows += measure(threads, activation, images, labels, args)
     if args.out:
-        facts = {'torch': torch.__version__, 'numpy': np.__version__, 'python': platform.python_version(), 'processor': platform.machine(),
-                 'cores': cores, 'batch': BATCH, 'rounds': args.rounds, 'steps': args.steps, 'images': source}
+        facts = {'torch': torch.__version__, 'numpy': np.__version__, 'python': platform.python_version(),
+                 'processor': platform.machine(), 'cores': cores, 'batch': BATCH,
+                 'rounds': args.rounds, 'steps': args.steps, 'images': source}
         args.out.write_text(json.dumps({'facts': facts, 'rows': rows}, indent=1) + '\n')
 
 

@@ -125,7 +125,7 @@ def _numbers(rows: list[list[Any]]) -> list[list[Any]]:
     read = lambda value: islice(numbers, value.numel()) if isinstance(value, Tensor) else [value]
     return [[number for value in row for number in read(value)] for row in rows]
 
-# %% ../nbs/lib/recorder.ipynb #d2470170
+# %% ../nbs/lib/recorder.ipynb #1489f226
 class ActivationRecorder:
     """Statistics of the outputs of a model's layers at every training iteration. It is a context manager.
 
@@ -262,7 +262,7 @@ class ActivationRecorder:
         if x.is_cuda:
             wide = x.double()
             return [torch.stack([wide.sum(), wide.dot(wide), *((x < edge).sum() for edge in self._edges)])]
-        least, most = x.min().item(), x.max().item()
+        least, most = x.numpy().min(), x.numpy().max()
         below = [0 if edge <= least else len(x) if edge > most else self._count(np.less, x, edge)
                  for edge in self._edges]
         return [*_sums(x), *below]
@@ -272,8 +272,8 @@ class ActivationRecorder:
         return int(np.count_nonzero(compare(x.numpy(), edge, out=self._buffer[:len(x)])))
 
     def _backward(self, row:list[Any], gradient:Tensor) -> None:
-        square = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square()
-        row[2] = square if square.is_cuda else square.item()
+        x = _flat(gradient)
+        row[2] = x.double().square().sum() if x.is_cuda else _sums(x)[1]
 
     def _end(self, model:nn.Module, args:Any, output:Any) -> None:
         self._rows += self._pass or []
@@ -281,7 +281,7 @@ class ActivationRecorder:
         self.iterations += self._counts()
 
     def record_updates(self) -> None:
-        "Measure what `optimizer.step()` did to each weight; call it after the step. Acts only with `updates`."
+        "Measure what `optimizer.step()` did to each weight; call it after the step. For `updates`."
         after = dict(self._model.named_parameters()) if self._weights else {}
         for name, before in self._weights.items():
             weight, gradient = after[name].detach(), after[name].grad
@@ -330,14 +330,14 @@ class ActivationRecorder:
         return pd.DataFrame(shares, table.index, centres)
 
     def updates_frame(self) -> pd.DataFrame:
-        """iteration, layer, gradient_std, weight_std, update_std (population) and ratio of update to weight: a
-        row for each recorded step and parameter of two or more dimensions."""
+        """iteration, layer, gradient_std, weight_std, update_std (population) and ratio of update to weight:
+        a row for each recorded step and parameter of two or more dimensions."""
         if not self.updates: raise RuntimeError('updates_frame(): made without updates=True')
         columns = ['iteration', 'layer', 'gradient_std', 'weight_std', 'update_std']
         frame = pd.DataFrame(_numbers(self._updates), columns=columns)
         return frame.assign(ratio=frame['update_std'] / frame['weight_std'])
 
-# %% ../nbs/lib/recorder.ipynb #a3f143df
+# %% ../nbs/lib/recorder.ipynb #bae48235
 LAYER_COLOURS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#8C564B', '#6F5FB8')
 
 
@@ -347,7 +347,7 @@ def _draw(frame: pd.DataFrame, column: str, ax: Axes, layers: Sequence[str] | No
     for layer in known if layers is None else layers:
         place = known.index(one_of(layer, known, 'layers'))
         part = frame[frame['layer'] == layer]
-        colour, width = LAYER_COLOURS[place % len(LAYER_COLOURS)], 2.6 - 1.6 * place / len(known)
+        colour, width = LAYER_COLOURS[place % len(LAYER_COLOURS)], 3 - 2.2 * place / len(known)
         ax.plot(part['iteration'], part[column], color=colour, linewidth=width, label=layer)
     if labels: _label_lines([line for line in ax.lines if line.get_label() in known], ax)
     return ax
@@ -357,7 +357,8 @@ def _label_lines(lines: list[Any], ax: Axes) -> None:
     "Write each line's label beside its right end, in its colour; labels that would overlap are moved apart."
     finite = {line: points[np.isfinite(points[:, 1])] for line in lines if len(points := line.get_xydata())}
     ends = {line: points[-1] for line, points in finite.items() if len(points)}
-    heights = {line: (ax.transData + ax.transAxes.inverted()).transform(end)[1] for line, end in ends.items()}
+    ax.get_ylim() # sets the limits, which transData needs
+    heights = {line: (ax.transData - ax.transAxes).transform(end)[1] for line, end in ends.items()}
     gap, height = min(0.085, 1 / max(1, len(ends) - 1)), -inf
     for above, line in zip(reversed(range(len(ends))), sorted(ends, key=heights.__getitem__), strict=True):
         height = min(max(heights[line], height + gap, 0), 1 - gap * above) # leaves room for those above
@@ -365,7 +366,7 @@ def _label_lines(lines: list[Any], ax: Axes) -> None:
         ax.annotate(line.get_label(), ends[line], (1.07, height), textcoords='axes fraction', va='center',
                     color=line.get_color(), fontsize=8, arrowprops=style, annotation_clip=False)
 
-# %% ../nbs/lib/recorder.ipynb #5b7cef77
+# %% ../nbs/lib/recorder.ipynb #d49c8902
 def plot_layer_stats(
     frame:pd.DataFrame, # of `ActivationRecorder.to_frame`
     stat:str='mean', # a column: mean, std, inactive, a near-zero share or gradient_rms
@@ -379,6 +380,7 @@ def plot_layer_stats(
     one_of(stat, [column for column in frame if column not in ('iteration', 'layer')], 'stat')
     ylabel = f'{stat} of the output' if stat in ('mean', 'std') else stat
     ax = new_axes(ax, title=title, xlabel='iteration', ylabel=ylabel)
+    if stat == 'gradient_rms': ax.set_yscale('log')
     return _draw(frame, stat, ax, layers, labels)
 
 
@@ -427,7 +429,7 @@ def plot_updates(
     ax.axhline(1e-3, **THEORY)
     return _draw(frame, 'ratio', ax, None, labels)
 
-# %% ../nbs/lib/recorder.ipynb #67fa8548
+# %% ../nbs/lib/recorder.ipynb #0f8f398a
 @torch.no_grad()
 def dead_units(
     model:nn.Module, # any; its modes and weights are left as they were
@@ -448,8 +450,8 @@ def dead_units(
         greatest[name] = torch.maximum(greatest[name], most) if name in greatest else most
     modes, handles = {module: module.training for module in model.modules()}, []
     try:
-        for name, activation in found.items():
-            if activation is not None: handles.append(activation.register_forward_pre_hook(partial(look, name)))
+        for name, act in found.items():
+            if act is not None: handles.append(act.register_forward_pre_hook(partial(look, name)))
             elif layers: raise ValueError(f'layers: {name!r} has no activation at its end')
         model.eval()
         for batch in batches.split(batch_size) if isinstance(batches, Tensor) else batches:
