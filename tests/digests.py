@@ -1,0 +1,38 @@
+"""Digests of short runs, one for each activation: the weights after an epoch of the sample. Prints JSON.
+
+    python tests/digests.py        # in a process of its own: the instruction set is chosen before torch loads
+"""
+import hashlib
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import get_args
+
+os.environ |= {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
+
+import torch
+
+from wib_nbdev.config import Activation, TrainConfig
+from wib_nbdev.training import train
+
+
+def digest(model: torch.nn.Module) -> str:
+    "SHA-256 of all parameters, in the order of their names."
+    parameters = sorted(model.named_parameters(), key=lambda each: each[0])
+    return hashlib.sha256(b''.join(each.detach().contiguous().numpy().tobytes() for _, each in parameters)).hexdigest()
+
+
+def here() -> dict[str, str]:
+    "What the bits depend on."
+    return {'machine': platform.machine(), **{name: metadata.version(name) for name in ('torch', 'numpy')}}
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    shared = dict(sample=True, epochs=1, device='cpu')
+    configs = {name: TrainConfig(activation=name, **shared) for name in get_args(Activation)}
+    configs['compensated, SGD, CIFAR-10'] = TrainConfig(dataset='cifar10', optimizer='sgd', lr=0.04, compensate_bias=True, **shared)
+    digests = {name: digest(train(config, progress=False).model) for name, config in configs.items()}
+    json.dump({'made_with': here(), 'digests': digests}, sys.stdout, indent=1)
