@@ -21,13 +21,14 @@ from .recorder import NEAR_ZERO
 from .style import ARM_STYLE
 from .sweep import Results, grid, run_sweep
 
-# %% ../nbs/lib/plan.ipynb #8dd1b95b
+# %% ../nbs/lib/plan.ipynb #d89d05d1
 RIVALS = ('relu', 'leaky_relu', 'prelu', 'elu')  # what the paper compares WIB-ReLU with
 PAPER_ARMS = (*RIVALS, 'wib_relu')
 ARMS: dict[str, dict[str, Any]] = {
     **{name: {'activation': name} for name in PAPER_ARMS},
     **{name: {'activation': name} for name in ('wib_relu_04', 'wib_relu_batch', 'wib_relu_code')},
-    'wib_relu_centred': {'activation': 'wib_relu_centred', 'gain': round(CENTRED_GAIN, 6)},  # a key must not hang on a last digit
+    # Rounded: a key must not depend on a last digit.
+    'wib_relu_centred': {'activation': 'wib_relu_centred', 'gain': round(CENTRED_GAIN, 6)},
     'relu_compensated': {'activation': 'relu', 'compensate_bias': True},
     'relu_pytorch': {'activation': 'relu', 'init': 'pytorch_default'},
     'relu_sqrt3': {'activation': 'relu', 'init': 'pytorch_sqrt3'},
@@ -35,7 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
     'relu_kaiming_uniform': {'activation': 'relu', 'init': 'kaiming_uniform'},
 }
 
-# %% ../nbs/lib/plan.ipynb #4387c580
+# %% ../nbs/lib/plan.ipynb #cfbe6c24
 def arm_grid(
     arms:Iterable[str]=tuple(ARMS), # names in `ARMS`
     **axes:Any, # fields of `TrainConfig`: one value or a list of values each
@@ -50,14 +51,15 @@ def with_arms(
     """The same results with a column `arm` in `runs`: the name in `ARMS` whose fields the run has; runs
     of no arm are left out."""
     shape = ['activation', 'init', 'gain', 'compensate_bias', 'shift', 'network', 'n_train', 'calibrate']
-    shape = [name for name in shape if name in results.runs]
+    runs = results.runs.drop(columns='arm', errors='ignore')
+    shape = [name for name in shape if name in runs]
     defaults = {name: getattr(TrainConfig(), name) for name in shape}
-    arms = pd.DataFrame([{**defaults, **changed, 'arm': arm} for arm, changed in ARMS.items()])[[*shape, 'arm']]
-    numbers = [name for name in ('gain', 'shift', 'n_train') if name in shape]
-    runs, arms = (frame.assign(**{name: frame[name].astype(float) for name in numbers}) for frame in (results.runs, arms))
-    return results._replace(runs=runs.merge(arms, on=shape))
+    rows = [{**defaults, **changed, 'arm': arm} for arm, changed in ARMS.items()]
+    arms = pd.DataFrame(rows)[[*shape, 'arm']]
+    numbers = dict.fromkeys([name for name in ('gain', 'shift', 'n_train') if name in shape], float)
+    return results._replace(runs=runs.astype(numbers).merge(arms.astype(numbers), on=shape))
 
-# %% ../nbs/lib/plan.ipynb #7b6cc024
+# %% ../nbs/lib/plan.ipynb #98616dfd
 SETTINGS: dict[str, dict[str, Any]] = {
     'Adam 0.002': dict(optimizer='adam', momentum=0.9, lr=0.002),
     'Adam 0.004': dict(optimizer='adam', momentum=0.9, lr=0.004),
@@ -68,13 +70,15 @@ RATES: dict[tuple[str, float], tuple[float, ...]] = {  # of the grid, by optimiz
     ('sgd', 0.9): (0.01, 0.04, 0.1),
     ('sgd', 0.0): (0.1, 0.2, 0.4),
 }
-EDGES = {('adam', 0.9): (0.0005, 0.02), ('sgd', 0.9): (0.004, 0.2), ('sgd', 0.0): (0.04, 0.8)}  # if an edge is best
+EDGES = {  # rates that are tried too if an edge is best
+    ('adam', 0.9): (0.0005, 0.02), ('sgd', 0.9): (0.004, 0.2), ('sgd', 0.0): (0.04, 0.8)}
 MAIN: dict[str, Any] = dict(  # Section 4, in the main setting
     sample=False, epochs=20, batch_size=256, weight_decay=0.0, valid='test', **SETTINGS['Adam 0.002'])
 SEEDS, FEW = range(10, 20), range(10, 13)  # the first round had 0 to 9
 
-# %% ../nbs/lib/plan.ipynb #62b99c1d
-WATCHED = ('relu_pytorch', 'relu_sqrt3', 'relu_gain_sqrt3', 'relu_kaiming_uniform', 'relu', 'wib_relu')  # of Fig. 7 to 11
+# %% ../nbs/lib/plan.ipynb #1e000439
+WATCHED = (  # the arms of Fig. 7 to 11
+    'relu_pytorch', 'relu_sqrt3', 'relu_gain_sqrt3', 'relu_kaiming_uniform', 'relu', 'wib_relu')
 
 def thinned(
     iteration:int, # of a run
@@ -97,7 +101,7 @@ def record_of(
     if config in _RECORDED: return dict(keep, every=thinned)
     return dict(keep, every=2) if config in _QUICK_RECORDED else False
 
-# %% ../nbs/lib/plan.ipynb #a0c019ad
+# %% ../nbs/lib/plan.ipynb #fd80c275
 QUICK: dict[str, Any] = dict(sample=True, epochs=5, batch_size=50, lr=0.004)  # a setting for a minute
 
 def quick_plan() -> list[TrainConfig]:
@@ -117,7 +121,8 @@ def rate_grid(
     from training."""
     arms = (*PAPER_ARMS, 'wib_relu_code')
     return [config for seed in seeds for (optimizer, momentum), lrs in rates.items()
-            for config in arm_grid(arms, seed=seed, optimizer=optimizer, momentum=momentum, lr=list(lrs), valid='holdout', **axes)]
+            for config in arm_grid(arms, seed=seed, optimizer=optimizer, momentum=momentum, lr=list(lrs),
+                                   valid='holdout', **axes)]
 
 def full_plan() -> list[TrainConfig]:
     """The runs of the full reproduction in the order in which they are worth most; runs at the best rates
@@ -128,22 +133,28 @@ def full_plan() -> list[TrainConfig]:
     main = arm_grid(others, seed=SEEDS, **SETTINGS['Adam 0.002'])
     return list(dict.fromkeys([*settings, *main, *recorded_plan(), *rate_grid()]))
 
-# %% ../nbs/lib/plan.ipynb #09cd94c1
+# %% ../nbs/lib/plan.ipynb #ca68ff2e
 def best_rates(
     results:Results, # runs over several settings; those with valid='holdout' choose
 ) -> pd.DataFrame:
-    """A row a data set and arm: optimizer, momentum, lr and mean of the setting with the highest held-out accuracy (share, mean over
-    seeds, last epoch), and edge: whether no lower or no higher rate was tried. A setting at which a run diverged is out."""
-    runs = with_arms(results).runs
-    runs = runs[runs['valid'] == 'holdout']
-    last = results.epochs[results.epochs['split'] == 'valid'].sort_values('epoch').groupby('key')['accuracy'].last()
-    where = ['dataset', 'arm', 'optimizer', 'momentum', 'lr']
-    runs = runs.assign(mean=runs['key'].map(last).where(runs['status'] == 'finished'))
-    table = runs.groupby(where)['mean'].agg(lambda values: values.mean(skipna=False)).dropna().reset_index()
-    tried = runs.groupby(['dataset', 'optimizer', 'momentum'])['lr'].agg(['min', 'max'])
+    """A row a data set and arm: optimizer, momentum, lr and mean of the setting with the highest held-out
+    accuracy (share, mean over seeds, last epoch), and edge: whether no lower or no higher rate was tried. A
+    setting at which a run diverged is out, and so is a data set whose arms were not all tried in the same
+    settings with the same seeds."""
+    setting = ['optimizer', 'momentum', 'lr']
+    runs = with_arms(results).runs.query("valid == 'holdout'")
+    tried = runs.assign(what=list(zip(*(runs[name] for name in (*setting, 'seed')), strict=True)))
+    fair = tried.groupby(['dataset', 'arm'])['what'].agg(frozenset).groupby('dataset').nunique() == 1
+    runs = runs[runs['dataset'].isin(fair.index[fair])]
+    valid = results.epochs[results.epochs['split'] == 'valid'].sort_values('epoch')
+    last = runs['key'].map(valid.groupby('key')['accuracy'].last()).where(runs['status'] == 'finished')
+    groups = runs.assign(mean=last).groupby(['dataset', 'arm', *setting])['mean']
+    means = groups.agg(lambda x: x.mean(skipna=False))
+    table = means.dropna().reset_index()
     best = table.loc[table.groupby(['dataset', 'arm'])['mean'].idxmax()].reset_index(drop=True)
-    ends = tried.loc[list(best[['dataset', 'optimizer', 'momentum']].itertuples(index=False, name=None))]
-    return best.assign(edge=(best['lr'] == ends['min'].to_numpy()) | (best['lr'] == ends['max'].to_numpy()))
+    ends = runs.groupby(['dataset', *setting[:2]])['lr'].agg(['min', 'max']).reset_index()
+    best = best.merge(ends, on=['dataset', *setting[:2]], how='left')
+    return best.assign(edge=(best['lr'] == best.pop('min')) | (best['lr'] == best.pop('max')))
 
 def edge_plan(
     results:Results, # of `full_plan`
@@ -174,7 +185,7 @@ def run_plan(
     held_out = {config.key for config in plan if config.valid == 'holdout'}
     results = run_sweep(plan, out, record=record_of, **options)
     for following in (edge_plan, best_rate_plan):
-        if not held_out <= set(results.runs['key']): return results  # a run failed: no best rate can be chosen
+        if not held_out <= set(results.runs['key']): return results  # a run failed: no rate can be chosen
         plan = [*plan, *following(results)]
         results = run_sweep(plan, out, record=record_of, **options)
     return results
