@@ -74,7 +74,7 @@ def check_shifted(
     raise ValueError(f'shift={shift} with activation={activation!r}: must come with {right}')
 
 # %% ../nbs/lib/config.ipynb #8231940c
-RESULTS_VERSION = 1  # raised when a change of the code changes the numbers that a configuration gives
+RESULTS_VERSION = 2  # raised when a change of the code changes the numbers that a configuration gives
 NUMBERS = RESULTS_VERSION
 
 _CHOICES = dict(dataset=Dataset, activation=Activation, init=Scheme, optimizer=Optimizer, valid=Valid, device=Device,
