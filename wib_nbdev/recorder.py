@@ -125,7 +125,7 @@ def _numbers(rows: list[list[Any]]) -> list[list[Any]]:
     read = lambda value: islice(numbers, value.numel()) if isinstance(value, Tensor) else [value]
     return [[number for value in row for number in read(value)] for row in rows]
 
-# %% ../nbs/lib/recorder.ipynb #1489f226
+# %% ../nbs/lib/recorder.ipynb #c1970eaa
 class ActivationRecorder:
     """Statistics of the outputs of a model's layers at every training iteration. It is a context manager.
 
@@ -146,8 +146,8 @@ class ActivationRecorder:
     near_zero : sequence of str
         The near-zero shares to count: keys of `NEAR_ZERO`.
     gradients : bool
-        Also measure the gradient of the loss at each layer's output, as it arrives there in the latest
-        backward pass (a scaled loss scales it).
+        Also measure the gradient of the loss at each layer's output, as it arrives there: a scaled loss
+        scales it, and the squares of several backward passes through one forward pass add up.
     histogram : bool
         Also count a histogram of each layer, for `histogram_frame`.
     updates : bool
@@ -198,7 +198,7 @@ class ActivationRecorder:
         self._edges = sorted({*self._bins, *(edge for interval in intervals for edge in cuts(interval))})
         self.iterations = 0 # forward passes that counted
         self._rows: list[list[Any]] = [] # of finished passes
-        self._pass: list[list[Any]] | None = None # rows of the current pass, if it is recorded
+        self._pass: dict[str, list[Any]] | None = None # a row for each layer, while a pass is recorded
         self._inputs: dict[nn.Module, tuple[Any, Any]] = {} # of an activation: values, those not above 0
         self._weights: dict[str, Tensor] = {} # before the optimiser's step
         self._updates: list[list[Any]] = []
@@ -235,7 +235,7 @@ class ActivationRecorder:
         self._pass, self._inputs = None, {} # whatever a pass that raised has left
         if not self._counts(): return
         wanted = self.every(self.iterations) if callable(self.every) else self.iterations % self.every == 0
-        self._pass = [] if wanted else None
+        self._pass = {} if wanted else None
         weights = model.named_parameters() if wanted and self.updates else ()
         self._weights = {name: weight.detach().clone() for name, weight in weights if weight.dim() > 1}
 
@@ -253,9 +253,10 @@ class ActivationRecorder:
                           'floating-point tensor', stacklevel=2)
         elif output.numel():
             inputs = (0, 0) if activation is None else self._inputs.get(activation, (0, 0))
-            row = [self.iterations, name, np.nan, *inputs, output.numel(), *self._measure(_flat(output))]
+            row = self._pass.setdefault(name, [self.iterations, name, None])
+            numbers = [*inputs, output.numel(), *self._measure(_flat(output))]
+            row[3:] = [a + b for a, b in zip(row[3:], numbers, strict=True)] if row[3:] else numbers
             if self.gradients and output.requires_grad: output.register_hook(partial(self._backward, row))
-            self._pass.append(row)
 
     def _measure(self, x:Tensor) -> list[Any]:
         "Sum, sum of squares, and the number of values below each edge: numbers, or one tensor on a GPU."
@@ -273,10 +274,11 @@ class ActivationRecorder:
 
     def _backward(self, row:list[Any], gradient:Tensor) -> None:
         x = _flat(gradient)
-        row[2] = x.double().square().sum() if x.is_cuda else _sums(x)[1]
+        square = x.double().square().sum() if x.is_cuda else _sums(x)[1]
+        row[2] = square if row[2] is None else row[2] + square
 
     def _end(self, model:nn.Module, args:Any, output:Any) -> None:
-        self._rows += self._pass or []
+        self._rows += (self._pass or {}).values()
         self._pass = None
         self.iterations += self._counts()
 
@@ -291,10 +293,10 @@ class ActivationRecorder:
         self._weights = {}
 
     def _table(self) -> pd.DataFrame:
-        "The sums over the calls of each layer, by iteration and layer in the order of the calls."
+        "The rows, by iteration and layer in the order of the calls."
         columns = ['iteration', 'layer', 'gradient', 'inputs', 'inactive', 'n', 'sum', 'square', *self._edges]
         frame = pd.DataFrame(_numbers(self._rows), columns=columns)
-        return frame.groupby(['iteration', 'layer'], sort=False).sum(min_count=1)
+        return frame.set_index(['iteration', 'layer']).astype(float)
 
     def to_frame(self) -> pd.DataFrame:
         """What was recorded, a row for each iteration and layer.
