@@ -5,6 +5,7 @@
     python tools/merge_results.py publish    # results_next/ is whole: into the package, with verdicts and a README
 """
 import argparse
+import ast
 import hashlib
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, wri
 
 ROOT = Path(__file__).parents[1]
 NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
-CRITERIA = 'nbs/lib/claims.ipynb'
+CRITERIA = '507e505'  # the commit of the claims and their criteria, before the first run
 
 
 def git(*words: str) -> str:
@@ -34,14 +35,26 @@ def lacking(results: Results) -> set[str]:
     return planned - held
 
 
-def criteria_commit(commits: set[str]) -> str:
-    "The last commit that changed the criteria, 'ID of DATE'; `SystemExit` unless each run was made by a commit that descends from it."
-    criteria = git('log', '-1', '--format=%h of %ci', '--', CRITERIA)
+def check_provenance(commits: set[str]) -> None:
+    "`SystemExit` unless each run was made by a commit that descends from that of the criteria."
     for commit in commits:
-        try: git('merge-base', '--is-ancestor', criteria.split()[0], commit or 'none')
+        try: git('merge-base', '--is-ancestor', CRITERIA, commit or 'none')
         except subprocess.CalledProcessError:
-            sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({criteria}): make them again')
-    return criteria
+            sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({CRITERIA}): make them again')
+
+
+def claims_of(source: str) -> dict[str, str]:
+    "The text of each claim's decorator (quote, reading, criterion and the rest) in a version of claims.py, by id."
+    calls = [each for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) for each in node.decorator_list
+             if isinstance(each, ast.Call) and getattr(each.func, 'id', '') == 'claim']
+    return {call.args[0].value: ast.unparse(call) for call in calls}
+
+
+def changed_claims() -> list[str]:
+    "The claims whose text is not that of the criteria's commit."
+    then = claims_of(git('show', f'{CRITERIA}:wib_nbdev/claims.py'))
+    now = claims_of((ROOT / 'wib_nbdev' / 'claims.py').read_text())
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -65,8 +78,8 @@ def readme(results: Results) -> str:
 Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, together {runs['seconds'].sum() / 3600:.1f} hours of one
 thread. The plan stands in `nbs/lib/plan.ipynb`. `make results` makes the runs, and goes on where some are lacking.
 
-The criteria that judge these runs (`{CRITERIA}`) were last changed by {criteria_commit(set(runs['commit']))}; every run was made by that
-commit or a later one. Settings and claims were chosen after 513 earlier runs with other seeds had been seen
+The criteria that judge these runs (`nbs/lib/claims.ipynb`) were committed as {git('log', '-1', '--format=%h of %ci', CRITERIA)}; every
+run was made by a later commit. Claims whose text was changed since: {', '.join(changed_claims()) or 'none'}. Settings and claims were chosen after 513 earlier runs with other seeds had been seen
 (`python tools/first_round.py compare` shows both); none of those is used here.
 
 ## Seeds of each arm
@@ -97,7 +110,7 @@ def publish() -> None:
     "Changes over: results_next/ becomes the results of the package."
     results = load_results(NEXT)
     if missing := lacking(results): sys.exit(f'{len(missing)} of the planned runs are lacking: run and merge first')
-    criteria_commit(set(results.runs['commit']))
+    check_provenance(set(results.runs['commit']))
     shutil.rmtree(PACKAGE, ignore_errors=True)
     write_results(results, PACKAGE)
     judge(results).to_csv(PACKAGE / 'verdicts.csv', index=False)
@@ -120,7 +133,7 @@ def main() -> None:
         try: run_plan(options.store, n_jobs=options.jobs, root=options.root)
         except SweepError as error: sys.exit(str(error))
     results = load_results(options.store)
-    criteria_commit(set(results.runs['commit']))
+    check_provenance(set(results.runs['commit']))
     write_results(results, NEXT)
     print(f'{len(results.runs)} runs are in {NEXT.relative_to(ROOT)}, {len(lacking(results))} of the plan are lacking')
 
