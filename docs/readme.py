@@ -30,7 +30,7 @@ def readme() -> dict[Path, bytes]:
             pictures[path] = base64.b64decode(output['data'].pop('image/png'))
             output['data'] = {'text/markdown': f'![WIB-ReLU against each rival](docs/{path.name})'}
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', re.sub(r'```python\s*```', '', text))
+    text = re.sub(r'\]\(((?:lib/)?\w+\.ipynb)\)', r'](nbs/\1)', re.sub(r'```python\s*```', '', text))
     return {ROOT / 'README.md': (NOTE + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n').encode(), **pictures}
 
 
