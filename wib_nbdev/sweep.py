@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MADE_WITH', 'SETTINGS', 'Record', 'grid', 'SweepError', 'DamagedRun', 'Results', 'configs_of', 'atomic_write',
            'library_commit', 'load_results', 'committed_results', 'run_sweep', 'write_results', 'restore_runs',
-           'estimate_seconds']
+           'estimate_seconds', 'verify']
 
-# %% ../nbs/lib/sweep.ipynb #95b8bbc7
+# %% ../nbs/lib/sweep.ipynb #d5557107
 import errno
 import io
 import itertools
@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata, resources
@@ -73,7 +73,7 @@ class Results(NamedTuple):
     correct: pd.DataFrame # key, bits: `numpy.packbits` of which test images the last epoch got right
     steps: pd.DataFrame # key, iteration, loss (nats) of each step of the first epoch
 
-# %% ../nbs/lib/sweep.ipynb #aeaae1aa
+# %% ../nbs/lib/sweep.ipynb #dcb8b704
 MADE_WITH = ('results_version', 'torch', 'numpy', 'machine', 'cpu_capability')  # a store's runs share these
 _COLUMNS = Results(  # what each frame has at least
     runs=['key', 'status', 'seconds', 'weights_first', 'weights_last', *MADE_WITH],
@@ -87,8 +87,10 @@ def configs_of(
     runs:pd.DataFrame, # of `Results`
 ) -> list[TrainConfig]:
     "The configuration of each run."
-    rows = runs[[each.name for each in fields(TrainConfig)]].astype(_OPTIONAL).astype(object)
-    return [TrainConfig(**row) for row in rows.where(rows.notna(), None).to_dict('records')]
+    names = [each.name for each in fields(TrainConfig)]
+    rows: list[dict[str, Any]] = runs[names].to_dict('records')
+    for row in rows: row.update({name: None for name, value in row.items() if pd.isna(value)})
+    return [TrainConfig(**row) for row in rows]
 
 def _to_results(result: RunResult, made: dict[str, Any]) -> Results:
     "What is kept of one run."
@@ -286,7 +288,15 @@ def _run_all(
             raise SweepError('a worker died three times with no run ended between (memory?); '
                              f'{len(left)} runs are left: run the same sweep again to go on') from error
 
-# %% ../nbs/lib/sweep.ipynb #98157942
+# %% ../nbs/lib/sweep.ipynb #2c852ae3
+def _join(found: Sequence[Results]) -> Results:
+    "The frames of several results in one each, with the columns that were added after their runs were made."
+    frames = [[frame for frame in each if len(frame)] or each[:1] for each in zip(*found, strict=True)]
+    results = Results(*(pd.concat(each, ignore_index=True) for each in frames))
+    columns = {**dict.fromkeys(_COLUMNS.runs), **{each.name: each.default for each in fields(TrainConfig)}}
+    missing = {name: value for name, value in columns.items() if name not in results.runs}
+    return results._replace(runs=results.runs.assign(**missing).astype(_OPTIONAL))
+
 def load_results(
     path:str | Path | None=None,
     keys:Collection[str] | None=None,
@@ -324,21 +334,19 @@ def load_results(
     else:
         found = [_read_run(file) for file in _run_files(folder) if keys is None or file.stem in keys]
         if not found: raise FileNotFoundError(f'{folder} holds no runs: name another folder, or run a sweep')
-        frames = [[frame for frame in each if len(frame)] or each[:1] for each in zip(*found, strict=True)]
-        results = Results(*(pd.concat(each, ignore_index=True) for each in frames))
+        results = _join(found)
     if keys is not None: results = Results(*(frame[frame['key'].isin(list(keys))] for frame in results))
-    versions = results.runs.reindex(columns=list(MADE_WITH)).drop_duplicates().to_dict('records')
+    versions = results.runs[list(MADE_WITH)].drop_duplicates().to_dict('records')
     if len(versions) > 1:
         raise SweepError(f"{folder} mixes runs of {' and '.join(map(str, versions))}: use a folder for each")
-    fresh = {each.name: each.default for each in fields(TrainConfig) if each.name not in results.runs}
-    return results._replace(runs=results.runs.assign(**fresh).astype(_OPTIONAL))
+    return results
 
 def committed_results() -> Results | None:
     "The committed full reproduction, or what WIB_RESULTS names; None where there is none."
     try: return load_results()
     except FileNotFoundError: return None
 
-# %% ../nbs/lib/sweep.ipynb #7922e589
+# %% ../nbs/lib/sweep.ipynb #b5db7ceb
 def _read_merged(folder: Path) -> Results:
     "Merged results; `DamagedRun` if a file cannot be read, or if they do not belong together."
     text = ('torch', 'numpy', 'python', 'commit', 'made_at', 'weights_first', 'weights_last')
@@ -346,7 +354,8 @@ def _read_merged(folder: Path) -> Results:
     frames = {}
     try:
         with open(folder / 'runs.csv', 'rb') as file:
-            frames['runs'] = csv.read_csv(file, convert_options=options).to_pandas()  # floats as written
+            runs = csv.read_csv(file, convert_options=options).to_pandas()  # floats as written
+        frames['runs'] = runs.rename(columns={'numbers': 'results_version'})  # as the first results had it
         for name, columns in list(_COLUMNS._asdict().items())[1:]:
             path = folder / f'{name}.parquet'
             frames[name] = pd.DataFrame(columns=columns)
@@ -355,9 +364,9 @@ def _read_merged(folder: Path) -> Results:
             raise ValueError('runs.csv and epochs.parquet name different runs')
     except (OSError, ValueError, KeyError) as error:
         raise DamagedRun(f'the results in {folder} are damaged ({error}): get or merge them again') from error
-    return Results(**frames)
+    return _join([Results(**frames)])
 
-# %% ../nbs/lib/sweep.ipynb #cbd19fd3
+# %% ../nbs/lib/sweep.ipynb #cb13bb6a
 Record = bool | dict[str, Any] | Callable[[TrainConfig], bool | dict[str, Any]]  # of every run, or a function
 
 def _check_environment(store: Path, made_with: dict[str, Any]) -> None:
@@ -376,28 +385,29 @@ def _store_outcome(config: TrainConfig, outcome: Results | str, store: Path) -> 
         if isinstance(outcome, str):
             error_file.write_text(outcome)
             return
-        made_with = outcome.runs.reindex(columns=list(MADE_WITH)).to_dict('records')[0]
+        row = outcome.runs.to_dict('records')[0]
+        made_with = {name: row.get(name) for name in MADE_WITH}
         _check_environment(store, made_with)
         if not path.exists():
             with atomic_write(path) as file: file.write(json.dumps(made_with, indent=1).encode())
         _write_run(outcome, store / f'{config.key}.parquet')
         error_file.unlink(missing_ok=True)
 
-def _find_unfinished(store: Path, wanted: dict[TrainConfig, Any]) -> dict[TrainConfig, Any]:
-    "What the store lacks of `wanted` (configuration: record). A damaged file is set aside, with a warning."
-    todo, unrecorded = {}, 0
+def _read_finished(store: Path, wanted: dict[TrainConfig, Any]) -> dict[TrainConfig, Results]:
+    "What the store holds of `wanted` (configuration: record). A damaged file is set aside, with a warning."
+    finished, unrecorded = {}, 0
     for config, record in wanted.items():
         path = store / f'{config.key}.parquet'
-        try: found = _read_run(path) if path.exists() else None
+        if not path.exists(): continue
+        try: found = _read_run(path)
         except DamagedRun as error:
-            found = None
             path.rename(path.with_suffix('.damaged'))
             warnings.warn(f'{error}; it was set aside as {path.stem}.damaged and runs again', stacklevel=3)
-        if found and not (record and found.layers.empty): continue
-        todo[config] = record
-        unrecorded += found is not None
+            continue
+        if record and found.layers.empty: unrecorded += 1
+        else: finished[config] = found
     if unrecorded: warnings.warn(f'{unrecorded} runs in {store} kept no layers and run again', stacklevel=3)
-    return todo
+    return finished
 
 # %% ../nbs/lib/sweep.ipynb #a071d37e
 @contextmanager
@@ -426,7 +436,7 @@ class _Progress(tqdm):
         self.update()
         if self.log: print(f'{self.done} of {self.total}: {text}', file=sys.stderr, flush=True)
 
-# %% ../nbs/lib/sweep.ipynb #7b78d171
+# %% ../nbs/lib/sweep.ipynb #47d7c015
 def run_sweep(
     configs:Sequence[TrainConfig],
     out:str | Path,
@@ -479,31 +489,32 @@ def run_sweep(
     store, root = Path(out), None if root is None else str(Path(root).absolute())
     if (store / 'runs.csv').exists(): raise SweepError(f'{store} holds merged results: use another folder')
     wanted = {config: record(config) if callable(record) else record for config in configs}
-    failed: dict[str, str] = {}
+    failed: dict[str, str] = {}  # the last line of a run's error, by key
     with _only_driver(store):
         _check_environment(store, _describe_versions())
-        todo = _find_unfinished(store, wanted)
+        finished = _read_finished(store, wanted)
+        todo = {config: record for config, record in wanted.items() if config not in finished}
         workers = partial(_dask_workers, cluster)
         if cluster is None: workers = partial(_local_workers, min(effective_n_jobs(n_jobs), len(todo)))
         try:
-            with _sigterm_as_ctrl_c(), _Progress(len(wanted), len(wanted) - len(todo), progress) as bar:
+            with _sigterm_as_ctrl_c(), _Progress(len(wanted), len(finished), progress) as bar:
                 def keep(config: TrainConfig, outcome: Results | str) -> None:
-                    if isinstance(outcome, str): failed[config.key] = outcome.strip().splitlines()[-1]
                     _store_outcome(config, outcome, store)
+                    if isinstance(outcome, str): failed[config.key] = outcome.strip().splitlines()[-1]
+                    else: finished[config] = outcome
                     bar.count(config, outcome)
                 _run_all(todo, workers, root, keep)
         except KeyboardInterrupt:
-            done = sum((store / f'{config.key}.parquet').exists() for config in wanted)
-            print(f'interrupted: {done} of {len(wanted)} runs are in {store}; '
+            print(f'interrupted: {len(finished)} of {len(wanted)} runs are in {store}; '
                   'run the same sweep again to go on', file=sys.stderr)
             raise
         finally:  # below the bar, which is closed by now
             for key, error in failed.items():
                 print(f'failed: {key}: {error} (see {key}.error.txt)', file=sys.stderr)
-    if failed and len(failed) == len(wanted): raise SweepError(f'no run worked: see {store}/*.error.txt')
-    return load_results(store, [config.key for config in wanted if config.key not in failed])
+    if not finished: raise SweepError(f'no run worked: see {store}/*.error.txt')
+    return _join([finished[config] for config in sorted(finished, key=lambda config: config.key)])
 
-# %% ../nbs/lib/sweep.ipynb #b7687b43
+# %% ../nbs/lib/sweep.ipynb #24a8f47d
 def write_results(
     results:Results, # of `load_results`
     folder:str | Path, # where to write runs.csv, and a Parquet file for each other frame that has rows
@@ -518,8 +529,9 @@ def write_results(
             if name in ('layers', 'steps'):  # float32 is half the size
                 frame = frame.astype(dict.fromkeys(frame.select_dtypes('float64'), 'float32'))
             by = [column for column in ('key', 'iteration', 'epoch', 'split') if column in frame]
-            frame = frame.sort_values(by, kind='stable')
-            with atomic_write(path) as file: frame.to_parquet(file, index=False, compression='zstd')
+            table = pa.Table.from_pandas(frame.sort_values(by, kind='stable'), preserve_index=False)
+            with atomic_write(path) as file:  # without pandas' metadata, which tell how the frame came about
+                pq.write_table(table.replace_schema_metadata(), file, compression='zstd')
     with atomic_write(folder / 'runs.csv') as file:  # last: it names the others
         results.runs.sort_values('key').to_csv(file, index=False)
 
@@ -560,3 +572,66 @@ def estimate_seconds(
         seconds = per_epoch[probe]['train'] * n_train / 1000 + per_epoch[probe]['valid'] * n_test / 500
         total += seconds * config.epochs
     return total / min(effective_n_jobs(n_jobs), len(configs))
+
+# %% ../nbs/lib/sweep.ipynb #67d36f64
+def verify(
+    results:Results,
+    n_runs:int=3,
+    root:str | Path | None=None,
+    whole:bool=False,
+    *,
+    n_jobs:int=-1,
+    seed:int | None=None,
+) -> pd.DataFrame:
+    """Runs some of the runs again and compares every bit of their weights.
+
+    Parameters
+    ----------
+    results : Results
+        Of `load_results`, with digests and steps.
+    n_runs : int
+        How many runs, chosen at random.
+    root : path, optional
+        The folder of the full data.
+    whole : bool
+        All epochs; the first one only if False.
+    n_jobs : int
+        Worker processes; -1 for one a core.
+    seed : int, optional
+        Of the choice.
+
+    Returns
+    -------
+    DataFrame
+        A row a run: key; first (and last, if whole): whether the weights after that epoch are the same bits;
+        differs_at: the first step whose loss is another; other: what was made with other versions than here.
+
+    Raises
+    ------
+    SweepError
+        The results keep no digests.
+
+    Example
+    -------
+    >>> verify(load_results(), n_runs=1)  # doctest: +SKIP
+    """
+    runs = results.runs[results.runs['weights_first'].notna()]
+    if runs.empty: raise SweepError('these results keep no digests of weights to compare with')
+    runs = runs.sample(min(n_runs, len(runs)), random_state=seed)
+    configs = configs_of(runs.assign(device=runs['ran_on']))
+    if not whole: configs = [replace(config, epochs=1) for config in configs]
+    data = None if root is None else str(Path(root).absolute())
+    with _local_workers(min(effective_n_jobs(n_jobs), len(runs))) as executor:
+        again = [executor.submit(_run_one, config, False, data) for config in configs]
+        steps = dict(list(results.steps.groupby('key')))
+        pairs = zip(runs.to_dict('records'), again, strict=True)
+        rows = [_compare_bits(run, steps[run['key']], each.result(), whole) for run, each in pairs]
+    return pd.DataFrame(rows)
+
+def _compare_bits(run: dict[str, Any], steps: pd.DataFrame, again: Results, whole: bool) -> dict[str, Any]:
+    now = again.runs.to_dict('records')[0]
+    row = {'key': run['key'], 'first': run['weights_first'] == now['weights_first']}
+    if whole: row['last'] = run['weights_last'] == now['weights_last']
+    other = steps['loss'].to_numpy('float32') != again.steps['loss'].to_numpy('float32')
+    versions = [f'{name} {run[name]}, here {now[name]}' for name in MADE_WITH if run[name] != now[name]]
+    return {**row, 'differs_at': other.argmax() if other.any() else None, 'other': '; '.join(versions)}
