@@ -303,7 +303,10 @@ def test_a_disk_that_takes_no_more(one_run, tmp_path, monkeypatch, number, remed
 
 # ---- what runs were made with
 
-@pytest.mark.parametrize('name, value', dict(torch='1.4.0', results_version=0, cpu_capability='AVX512').items())
+OTHERS = dict(torch='1.4.0', results_version=0, cpu_capability='AVX512')
+
+
+@pytest.mark.parametrize('name, value', OTHERS.items())
 def test_a_store_made_with_something_else_is_refused(tmp_path, name, value):
     run(CONFIGS[:1], tmp_path)
     path = tmp_path / 'environment.json'
@@ -383,7 +386,9 @@ def cluster(tmp_path):
     def begin(program, *words, **env) -> subprocess.Popen:
         command = [sys.executable, '-m', f'distributed.cli.dask_{program}', *words, '--no-dashboard']
         silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        started.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env}, **silent))
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])
+        env = {**os.environ, 'PYTHONPATH': path, **env}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, **silent))
         return started[-1]
     def ready(settings, failures) -> tuple[str, subprocess.Popen, list[subprocess.Popen]]:
         scheduler = begin('scheduler', '--host', '127.0.0.1', '--port', '0', '--scheduler-file', str(file),

@@ -232,11 +232,11 @@ def _run_one(config: TrainConfig, record: bool | dict[str, Any], root: str | Non
                 made_at=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}')
     return _to_results(result, {**made, **result.environment})
 
-# %% ../nbs/lib/sweep.ipynb #6b7bc93c
+# %% ../nbs/lib/sweep.ipynb #89d663b0
 @contextmanager
 def _local_workers(n_jobs: int) -> Iterator[Executor]:
     "Processes on this machine, which stay ready for the next sweep; an error or Ctrl-C ends them at once."
-    pool = get_reusable_executor(n_jobs, timeout=60, initializer=_begin_worker, initargs=(os.getpid(),),
+    pool = get_reusable_executor(n_jobs, timeout=10, initializer=_begin_worker, initargs=(os.getpid(),),
                                  env={**SETTINGS, 'OMP_NUM_THREADS': '1'})
     try: yield pool
     except BaseException:
@@ -259,17 +259,17 @@ def _dask_workers(cluster: Any) -> Iterator[Executor]:
         executor.shutdown(wait=False)  # cancels what is not finished
         if client is not cluster: client.close()
 
-def _wait_for(future: Future) -> Results | str:
-    "A run's result, or the text of the error that ended it."
+def _wait_for(future: Future) -> Results | Exception:
+    "A run's result, or the error that ended it."
     try: return future.result()
     except (SweepError, BrokenProcessPool): raise
     except CancelledError as error:
         raise SweepError('the Dask scheduler is gone: start it, then run the same sweep again') from error
-    except Exception as error: return ''.join(traceback.format_exception(error))
+    except Exception as error: return error
 
 def _run_all(
     todo: dict[TrainConfig, Any], workers: Callable[[], AbstractContextManager[Executor]], root: str | None,
-    keep: Callable[[TrainConfig, Results | str], None],
+    keep: Callable[[TrainConfig, Results | Exception], None],
 ) -> None:
     "Keeps each result or error when its run ends. A pool whose worker died is replaced, twice in a row."
     left, deaths = dict(todo), 0
@@ -366,7 +366,7 @@ def _read_merged(folder: Path) -> Results:
         raise DamagedRun(f'the results in {folder} are damaged ({error}): get or merge them again') from error
     return _join([Results(**frames)])
 
-# %% ../nbs/lib/sweep.ipynb #cb13bb6a
+# %% ../nbs/lib/sweep.ipynb #27058a23
 Record = bool | dict[str, Any] | Callable[[TrainConfig], bool | dict[str, Any]]  # of every run, or a function
 
 def _check_environment(store: Path, made_with: dict[str, Any]) -> None:
@@ -378,12 +378,12 @@ def _check_environment(store: Path, made_with: dict[str, Any]) -> None:
     old, new = (', '.join(f'{name} {each.get(name)}' for name in other) for each in (there, made_with))
     raise SweepError(f'{store} holds runs of {old}, here is {new}: use another folder, or the same versions')
 
-def _store_outcome(config: TrainConfig, outcome: Results | str, store: Path) -> None:
+def _store_outcome(config: TrainConfig, outcome: Results | Exception, store: Path) -> None:
     "Writes a run, and before the first one what it was made with; or an error's text."
     path, error_file = store / 'environment.json', store / f'{config.key}.error.txt'
     with _clear_errors(store):
-        if isinstance(outcome, str):
-            error_file.write_text(outcome)
+        if isinstance(outcome, Exception):
+            error_file.write_text(''.join(traceback.format_exception(outcome)))
             return
         row = outcome.runs.to_dict('records')[0]
         made_with = {name: row.get(name) for name in MADE_WITH}
@@ -409,7 +409,7 @@ def _read_finished(store: Path, wanted: dict[TrainConfig, Any]) -> dict[TrainCon
     if unrecorded: warnings.warn(f'{unrecorded} runs in {store} kept no layers and run again', stacklevel=3)
     return finished
 
-# %% ../nbs/lib/sweep.ipynb #a071d37e
+# %% ../nbs/lib/sweep.ipynb #99387dd4
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
@@ -426,8 +426,8 @@ class _Progress(tqdm):
         self.done = done
         super().__init__(total=total, initial=done, unit='run', disable=self.log or not show)
 
-    def count(self, config: TrainConfig, outcome: Results | str) -> None:
-        status = 'failed' if isinstance(outcome, str) else outcome.runs['status'].item()
+    def count(self, config: TrainConfig, outcome: Results | Exception) -> None:
+        status = 'failed' if isinstance(outcome, Exception) else outcome.runs['status'].item()
         if isinstance(outcome, Results) and status == 'finished':
             status = f"valid accuracy {outcome.epochs['accuracy'].iloc[-1]:.3f}"
         text = f'{config.dataset} {config.activation} seed {config.seed}: {status}'
@@ -436,7 +436,7 @@ class _Progress(tqdm):
         self.update()
         if self.log: print(f'{self.done} of {self.total}: {text}', file=sys.stderr, flush=True)
 
-# %% ../nbs/lib/sweep.ipynb #47d7c015
+# %% ../nbs/lib/sweep.ipynb #9ed03597
 def run_sweep(
     configs:Sequence[TrainConfig],
     out:str | Path,
@@ -489,7 +489,7 @@ def run_sweep(
     store, root = Path(out), None if root is None else str(Path(root).absolute())
     if (store / 'runs.csv').exists(): raise SweepError(f'{store} holds merged results: use another folder')
     wanted = {config: record(config) if callable(record) else record for config in configs}
-    failed: dict[str, str] = {}  # the last line of a run's error, by key
+    failed: dict[str, Exception] = {}
     with _only_driver(store):
         _check_environment(store, _describe_versions())
         finished = _read_finished(store, wanted)
@@ -498,9 +498,9 @@ def run_sweep(
         if cluster is None: workers = partial(_local_workers, min(effective_n_jobs(n_jobs), len(todo)))
         try:
             with _sigterm_as_ctrl_c(), _Progress(len(wanted), len(finished), progress) as bar:
-                def keep(config: TrainConfig, outcome: Results | str) -> None:
+                def keep(config: TrainConfig, outcome: Results | Exception) -> None:
                     _store_outcome(config, outcome, store)
-                    if isinstance(outcome, str): failed[config.key] = outcome.strip().splitlines()[-1]
+                    if isinstance(outcome, Exception): failed[config.key] = outcome
                     else: finished[config] = outcome
                     bar.count(config, outcome)
                 _run_all(todo, workers, root, keep)
@@ -510,7 +510,8 @@ def run_sweep(
             raise
         finally:  # below the bar, which is closed by now
             for key, error in failed.items():
-                print(f'failed: {key}: {error} (see {key}.error.txt)', file=sys.stderr)
+                line = f'{type(error).__name__}: {error}'.splitlines()[0]
+                print(f'failed: {key}: {line} (see {key}.error.txt)', file=sys.stderr)
     if not finished: raise SweepError(f'no run worked: see {store}/*.error.txt')
     return _join([finished[config] for config in sorted(finished, key=lambda config: config.key)])
 
