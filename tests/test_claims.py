@@ -39,7 +39,8 @@ def grids():
 CONFIGS = grids()
 NONE = pd.DataFrame()
 RUNS = pd.DataFrame([{'key': each.key, **asdict(each), 'status': 'finished'} for each in CONFIGS])
-ARM = with_arms(Results(RUNS, NONE, NONE, NONE, NONE)).runs.set_index('key')['arm'].reindex(RUNS['key']).tolist()
+NAMED = with_arms(Results(RUNS, NONE, NONE, NONE, NONE)).runs.set_index('key')
+ARM = NAMED['arm'].reindex(RUNS['key']).tolist()
 
 
 def noise(*words) -> float:
