@@ -202,8 +202,9 @@ def _sign_flips(gains: np.ndarray) -> np.ndarray:
         columns = np.flatnonzero((finite == mask[:, None]).all(axis=0))
         if mask.sum() < 2: continue
         x = gains[np.ix_(mask, columns)]
+        mean = lambda a, b, axis: np.round(np.mean(a - b, axis=axis), 12)  # so that equal means are equal
         test = stats.permutation_test(
-            (x, np.zeros_like(x)), lambda a, b, axis: np.mean(a - b, axis=axis), axis=0, vectorized=True,
+            (x, np.zeros_like(x)), mean, axis=0, vectorized=True,
             permutation_type='samples', n_resamples=2**14, rng=np.random.default_rng(0))
         p[columns] = test.pvalue
     return p
