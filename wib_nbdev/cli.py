@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'DESCRIPTION', 'Train', 'Workers', 'Sweep', 'Reproduce', 'Claims', 'Report', 'Data', 'Verify', 'Diagnose',
            'main']
 
-# %% ../nbs/lib/cli.ipynb #590ed027
+# %% ../nbs/lib/cli.ipynb #252b454b
 import inspect
 import io
 import itertools
@@ -17,6 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -157,9 +158,8 @@ class Sweep:
         _show(table.merge(wide.reset_index(), on='key'), self.json)
         return int(len(results.runs) < len(set(self.configs)))
 
-# %% ../nbs/lib/cli.ipynb #bf721738
-_NEXT = {'quick': 'Next: --preset paper runs all of it; make lab opens the notebooks that explain it.',
-         'paper': 'Next: wib-nbdev verify runs some of the committed runs again and compares every bit.'}
+# %% ../nbs/lib/cli.ipynb #d3c0b8a4
+def _now() -> str: return f'{datetime.now():%Y-%m-%d %H:%M}'
 
 def _judge(results: Any) -> Any:
     "The verdicts on results in the settings of the plan, or in that of most runs where it is another."
@@ -207,13 +207,13 @@ class Reproduce:
         else:
             results = self.workers.call(run_plan, store)
             configs += [*edge_plan(results), *best_rate_plan(results)]
-        page = write_report(results, store / 'report.html')
-        if self.all: print(_table(_judge(results), committed_verdicts()), end='\n\n')
-        print(terminal_summary(results))
-        print(f'The report: {page} (open it in a browser).\n{_NEXT[self.preset]}')
+        verdicts = _judge(results)
+        page = write_report(results, store / 'report.html', verdicts=verdicts, made=_now())
+        if self.all: print(_table(verdicts, committed_verdicts()), end='\n\n')
+        print(terminal_summary(results, page))
         return int(not {config.key for config in configs} <= set(results.runs['key']))
 
-# %% ../nbs/lib/cli.ipynb #5b2f89ad
+# %% ../nbs/lib/cli.ipynb #af596a58
 @dataclass
 class Claims:
     """Print the verdict on each claim of the paper: of the committed full reproduction, or of your own runs.
@@ -222,14 +222,15 @@ class Claims:
       wib-nbdev claims
       wib-nbdev claims runs/quick --json
     """
-    store: _Store = None # folder of the runs (default: the committed verdicts)
+    store: _Store = None # folder of the runs (default: the committed results)
     json: bool = False # print quotes, criteria, verdicts, intervals and reasons as JSON
 
     def run(self) -> int:
         "Prints the verdicts."
         from .claims import committed_verdicts, summary
         from .sweep import load_results
-        verdicts = committed_verdicts() if self.store is None else _judge(load_results(self.store))
+        verdicts = committed_verdicts()
+        if self.store or verdicts.empty: verdicts = _judge(load_results(self.store))
         if self.json: _show(verdicts, True)
         else:
             for row in verdicts.itertuples(): print(f'{row.id:18} {row.verdict:17} {row.why}')
@@ -251,7 +252,7 @@ class Report:
         "Writes the report and prints its path."
         from .report import write_report
         from .sweep import load_results
-        print(write_report(load_results(self.store), self.out))
+        print(write_report(load_results(self.store), self.out, made=_now()))
         return 0
 
 @dataclass
@@ -389,7 +390,7 @@ class Diagnose:
         images = standardise(data.x_train[:self.images], *channel_stats(data.x_train))
         return interpolate(images, size=(self.size, self.size)).expand(-1, 3, -1, -1)
 
-# %% ../nbs/lib/cli.ipynb #74541d08
+# %% ../nbs/lib/cli.ipynb #72cff9e5
 COMMANDS = {'reproduce': Reproduce, 'train': Train, 'sweep': Sweep, 'report': Report, 'data': Data,
             'claims': Claims, 'diagnose': Diagnose, 'verify': Verify}
 DESCRIPTION = """What "Weight Initialization Based ReLU" claims, run and judged.
@@ -428,13 +429,14 @@ def _run(words: list[str]) -> int:
         command = _parse(words)
         return command.run()
     except SystemExit as end: return int(end.code or 0)
+    except BrokenPipeError: raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         message = ' '.join(f'wib-nbdev: {error}'.split())
         if command is None:
             name = f'{words[0]} ' if words[0] in COMMANDS else ''
             _say(f'{message}; see wib-nbdev {name}--help')
             return 2
-        if isinstance(error, (BrokenPipeError, TypeError)): raise
+        if isinstance(error, TypeError): raise  # a fault of the library's own
         _say(message)
         return 1
 
