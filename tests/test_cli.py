@@ -127,7 +127,7 @@ def test_verify_says_whether_and_where_bits_differ(swept, run, monkeypatch):
                               steps=results.steps.assign(loss=losses))
     monkeypatch.setattr('wib_nbdev.sweep.load_results', lambda path: spoilt)
     code, out, _ = run('verify', swept, '--runs', 1, '--jobs', 1)
-    assert code == 1 and 'differs from step 2 on (made with machine arm64, here' in out and 'Only x86-64' in out
+    assert code == 1 and 'differs from step 2 on (made with machine arm64' in out and 'Only x86-64' in out
     assert json.loads(run('verify', swept, '--runs', 1, '--jobs', 1, '--json')[1])[0]['same'] is False
 
 
@@ -183,8 +183,8 @@ def test_data_tells_damaged_from_missing(run, tmp_path):
 def test_diagnose_centres_each_unit(model, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
-    (tmp_path / 'my_network.py').write_text('from torch import nn\ndef make():\n    return nn.Sequential(\n'
-                                            '        nn.Flatten(), nn.Linear(3072, 99), nn.ReLU(), nn.Linear(99, 9))\n')
+    (tmp_path / 'my_network.py').write_text(
+        'from torch import nn\nmake = lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 99), nn.ReLU())\n')
     code, out, err = run('diagnose', '--model', model, '--images', 32, '--json')
     assert code == 0, err
     units = [row for row in json.loads(out) if row['type'] in ('ReLU', 'WIBReLU')]
@@ -192,9 +192,11 @@ def test_diagnose_centres_each_unit(model, run, tmp_path, monkeypatch):
     assert len({row['when'] for row in units}) == 2
 
 
-def test_diagnose_names_the_nearest_network(run):
-    code, _, err = run('diagnose', '--model', 'resnet17')
-    assert code == 1 and "did you mean 'resnet1" in err
+def test_diagnose_says_what_is_wrong_with_a_network(run):
+    for model, message in {'resnet17': "did you mean 'resnet1", 'no_module:f': "No module named 'no_module'",
+                           'torch:no_function': "no attribute 'no_function'"}.items():
+        code, out, err = run('diagnose', '--model', model)
+        assert (code, out, err.count('\n')) == (1, '', 1) and message in err
 
 
 def test_ctrl_c_in_the_middle_of_anything_is_one_line_and_130(run, monkeypatch):

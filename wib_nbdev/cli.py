@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'DESCRIPTION', 'Train', 'Workers', 'Sweep', 'Reproduce', 'Claims', 'Report', 'Data', 'Verify', 'Diagnose',
            'main']
 
-# %% ../nbs/lib/cli.ipynb #3babebcb
+# %% ../nbs/lib/cli.ipynb #590ed027
 import inspect
 import io
 import itertools
@@ -15,7 +15,7 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -87,7 +87,7 @@ def _axes(
     if not axes: raise ValueError('vary: must name an option and its values, such as lr=0.001,0.01')
     return axes
 
-# %% ../nbs/lib/cli.ipynb #a6f3b6b4
+# %% ../nbs/lib/cli.ipynb #9fe01784
 def _duration(seconds: float) -> str:
     "For people."
     if seconds < 90: return f'about {seconds:.0f} seconds'
@@ -104,9 +104,11 @@ class Workers:
     def __post_init__(self) -> None:
         if self.jobs != -1: check_number(self.jobs, 'jobs', low=1, integer=True)
 
-    def options(self) -> dict[str, Any]:
-        "As `run_sweep` calls them."
-        return dict(n_jobs=self.jobs, cluster=self.cluster, root=self.root, progress=self.progress)
+    def call(self, make_runs: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        "What `make_runs`, such as `run_sweep`, returns with these workers."
+        options.update(n_jobs=self.jobs, cluster=self.cluster, root=self.root, progress=self.progress)
+        try: return make_runs(*args, **options)
+        except KeyboardInterrupt: raise SystemExit(130) from None  # the sweep has said how to go on
 
     def prepare(self, configs: Sequence[TrainConfig], store: Path) -> None:
         "Says what there is to do and how long it takes; data that are missing fail here, once."
@@ -121,7 +123,7 @@ class Workers:
 
 _Workers = Annotated[Workers, tyro.conf.arg(name='')]
 
-# %% ../nbs/lib/cli.ipynb #e4b4e1b4
+# %% ../nbs/lib/cli.ipynb #ba14e3b2
 @dataclass
 class Sweep:
     """Run every combination of some options, each once. A second call goes on where the first was stopped.
@@ -147,7 +149,7 @@ class Sweep:
         "Makes the runs and prints their last epochs; 1 if a run failed."
         from .sweep import run_sweep
         self.workers.prepare(self.configs, self.out)
-        results = run_sweep(self.configs, self.out, record=self.record, **self.workers.options())
+        results = self.workers.call(run_sweep, self.configs, self.out, record=self.record)
         last = results.epochs.sort_values('epoch').groupby(['key', 'split'])[['loss', 'accuracy']].last()
         wide = last.unstack('split')
         wide.columns = [f'{split}_{metric}' for metric, split in wide.columns]
@@ -155,7 +157,7 @@ class Sweep:
         _show(table.merge(wide.reset_index(), on='key'), self.json)
         return int(len(results.runs) < len(set(self.configs)))
 
-# %% ../nbs/lib/cli.ipynb #3eafb135
+# %% ../nbs/lib/cli.ipynb #bf721738
 _NEXT = {'quick': 'Next: --preset paper runs all of it; make lab opens the notebooks that explain it.',
          'paper': 'Next: wib-nbdev verify runs some of the committed runs again and compares every bit.'}
 
@@ -198,12 +200,12 @@ class Reproduce:
         from .plan import best_rate_plan, edge_plan, full_plan, quick_plan, record_of, run_plan
         from .report import terminal_summary, write_report
         from .sweep import run_sweep
-        store, options = self.out / self.preset, self.workers.options()
-        configs = quick_plan() if self.preset == 'quick' else full_plan()
+        store, quick = self.out / self.preset, self.preset == 'quick'
+        configs = quick_plan() if quick else full_plan()
         self.workers.prepare(configs, store)
-        if self.preset == 'quick': results = run_sweep(configs, store, record=record_of, **options)
+        if quick: results = self.workers.call(run_sweep, configs, store, record=record_of)
         else:
-            results = run_plan(store, **options)
+            results = self.workers.call(run_plan, store)
             configs += [*edge_plan(results), *best_rate_plan(results)]
         page = write_report(results, store / 'report.html')
         if self.all: print(_table(_judge(results), committed_verdicts()), end='\n\n')
@@ -320,7 +322,7 @@ def _compared(
         lines.append(f'{key}: ' + (f'bit-identical after {epochs}' if same else f'differs {where}{made}'))
     return lines + [note for name, note in _NOTES.items() if table['other'].str.contains(name).any()]
 
-# %% ../nbs/lib/cli.ipynb #8eace53c
+# %% ../nbs/lib/cli.ipynb #959d6ffa
 @dataclass
 class Diagnose:
     """Show what each activation of a network puts out on real images, before and after ReLU became WIB-ReLU.
@@ -366,12 +368,17 @@ class Diagnose:
         from .models import plain_cnn
         torch.manual_seed(self.seed)
         if self.model == 'plain_cnn': return plain_cnn(3)
-        module, colon, name = self.model.partition(':')
-        if colon:
-            sys.path.insert(0, '')  # the folder where the command was typed
-            return getattr(import_module(module), name)()
+        if ':' in self.model: return self.find_own()()
         one_of(self.model, ['plain_cnn', *models.list_models(models)], 'model')
         return models.get_model(self.model, weights=None).eval()
+
+    def find_own(self) -> Callable[[], Any]:
+        "The function that MODULE:FUNCTION names; modules are searched where the command was typed, too."
+        module, _, name = self.model.partition(':')
+        sys.path.insert(0, '')
+        try: return getattr(import_module(module), name)
+        except (AttributeError, ImportError) as error:
+            raise ValueError(f'model={self.model!r}: {error}') from error
 
     def load_images(self) -> Any:
         "float32 (images, 3, size, size), standardised."
@@ -382,7 +389,7 @@ class Diagnose:
         images = standardise(data.x_train[:self.images], *channel_stats(data.x_train))
         return interpolate(images, size=(self.size, self.size)).expand(-1, 3, -1, -1)
 
-# %% ../nbs/lib/cli.ipynb #dfda62d2
+# %% ../nbs/lib/cli.ipynb #74541d08
 COMMANDS = {'reproduce': Reproduce, 'train': Train, 'sweep': Sweep, 'report': Report, 'data': Data,
             'claims': Claims, 'diagnose': Diagnose, 'verify': Verify}
 DESCRIPTION = """What "Weight Initialization Based ReLU" claims, run and judged.
@@ -413,19 +420,22 @@ def _parse(words: list[str]) -> Any:
 
 def _run(words: list[str]) -> int:
     "Parses, then works; an error is one line."
-    help_words = f"wib-nbdev {words[0]} --help" if words and words[0] in COMMANDS else 'wib-nbdev --help'
     if words == ['--version']:
         print('wib-nbdev', metadata.version('wib_nbdev'))
         return 0
-    try: command = _parse(words)
+    command = None
+    try:
+        command = _parse(words)
+        return command.run()
     except SystemExit as end: return int(end.code or 0)
-    except (TypeError, ValueError) as error:
-        _say(f'wib-nbdev: {error}; see {help_words}')
-        return 2
-    try: return command.run()
-    except BrokenPipeError: raise
-    except (OSError, RuntimeError, ValueError) as error:
-        _say(f"wib-nbdev: {' '.join(str(error).split())}")
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        message = ' '.join(f'wib-nbdev: {error}'.split())
+        if command is None:
+            name = f'{words[0]} ' if words[0] in COMMANDS else ''
+            _say(f'{message}; see wib-nbdev {name}--help')
+            return 2
+        if isinstance(error, (BrokenPipeError, TypeError)): raise
+        _say(message)
         return 1
 
 def main(
@@ -444,6 +454,6 @@ def main(
     except BrokenPipeError:  # the reader, such as `head`, has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt as error:
-        print(f'wib-nbdev: interrupted; {error or "the same command starts again"}', file=sys.stderr)
+    except KeyboardInterrupt:
+        _say('wib-nbdev: interrupted')
         return 130
