@@ -271,30 +271,30 @@ def test_a_folder_is_what_its_name_says(tmp_path, monkeypatch):
         sweep.load_results(tmp_path / 'nothing')
 
 
-def test_two_drivers_on_one_folder(start, tmp_path):
-    with sweep._only_driver(tmp_path / 'store'):
-        second = start(tmp_path / 'store')
-        _, said = second.communicate(timeout=DEADLINE)
-    assert second.returncode != 0 and 'another sweep writes there' in said and not runs_in(tmp_path / 'store')
-
-
-@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EIO])
-def test_a_folder_without_locks(tmp_path, monkeypatch, number):
-    import fcntl
-    def refuse(*_): raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(fcntl, 'flock', refuse)
-    with pytest.raises(sweep.SweepError, match=f'{tmp_path}: {os.strerror(number)}; .*on a local disk'):
+def test_a_second_driver_on_a_folder_is_refused(tmp_path):
+    with sweep._only_driver(tmp_path), pytest.raises(sweep.SweepError, match='another sweep writes there'):
         run(CONFIGS[:1], tmp_path)
 
 
-@pytest.mark.parametrize('number, remedy', [(errno.ENOSPC, 'make room'), (errno.EROFS, 'may write to')])
-def test_a_disk_that_takes_no_more(one_run, tmp_path, monkeypatch, number, remedy):
+LOCKS = {errno.ENOLCK: 'on a local disk', errno.EIO: 'on a local disk', errno.EROFS: 'may write to'}
+
+
+@pytest.mark.parametrize('number, remedy', LOCKS.items())
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, number, remedy):
+    import fcntl
+    def refuse(*_): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    with pytest.raises(sweep.SweepError, match=f'{tmp_path}: {os.strerror(number)}; .*{remedy}'):
+        run(CONFIGS[:1], tmp_path)
+
+
+def test_a_full_disk(one_run, tmp_path, monkeypatch):
     "The run that was being written is not there, what was there before is."
     path = tmp_path / one_run.name
     path.write_bytes(one_run.read_bytes())
-    def refuse(*_): raise OSError(number, os.strerror(number))
+    def refuse(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', refuse)
-    with pytest.raises(sweep.SweepError, match=f'{os.strerror(number)}; .*{remedy}.*the same sweep again'):
+    with pytest.raises(sweep.SweepError, match='No space left on device; make room, then run the same sweep'):
         run(CONFIGS[:2], tmp_path)
     monkeypatch.undo()
     assert runs_in(tmp_path) == [path] and not list(tmp_path.glob(f'.*{sweep._TEMPORARY}'))
