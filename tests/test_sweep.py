@@ -31,7 +31,7 @@ if __name__ == '__main__':
     sweep.run_sweep(configs, sys.argv[1], n_jobs=1, cluster=cluster)
     print('done')
 '''
-DEADLINE = 300  # seconds; far above what anything here needs
+DEADLINE = 900  # seconds; far above what anything here needs
 linux = pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds processes through /proc')
 
 
