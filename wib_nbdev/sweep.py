@@ -431,7 +431,7 @@ class _Progress(tqdm):
         self.update()
         if self.log: print(f'{self.done} of {self.total}: {text}', file=sys.stderr, flush=True)
 
-# %% ../nbs/lib/sweep.ipynb #b6151510
+# %% ../nbs/lib/sweep.ipynb #e238cd5b
 def run_sweep(
     configs:Sequence[TrainConfig],
     out:str | Path,
@@ -486,8 +486,9 @@ def run_sweep(
     wanted = {config: record(config) if callable(record) else record for config in configs}
     failed: dict[str, Exception] = {}
     with _only_driver(store):
-        versions = {name: metadata.version(name) for name in ('torch', 'numpy')}
-        _check_environment(store, dict(results_version=RESULTS_VERSION, machine=platform.machine(), **versions))
+        versions: dict[str, Any] = {name: metadata.version(name) for name in ('torch', 'numpy')}
+        versions.update(results_version=RESULTS_VERSION, machine=platform.machine())
+        _check_environment(store, versions)
         finished = _read_finished(store, wanted)
         todo = {config: record for config, record in wanted.items() if config not in finished}
         workers = partial(_dask_workers, cluster)
