@@ -63,9 +63,10 @@ def bare(n_runs: int, epochs: int, n_jobs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('--runs', type=int, default=12, help='an even number')
-    parser.add_argument('--epochs', type=int, default=60, help='of the sample: 60 take as long as one of the full data')
+    parser.add_argument('--epochs', type=int, default=60, help='of the sample; 60 are one of the full data')
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--json', type=Path)
     parser.add_argument('--bare', action='store_true', help='be one of the bare processes')

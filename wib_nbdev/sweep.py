@@ -153,7 +153,7 @@ def _only_driver(store: Path) -> Iterator[None]:
     try: yield
     finally: lock.release()
 
-# %% ../nbs/lib/sweep.ipynb #40aeb733
+# %% ../nbs/lib/sweep.ipynb #a50e5c00
 def _write_run(results: Results, path: Path) -> None:
     "One run as one row."
     row = {}
@@ -179,18 +179,10 @@ def _read_run(path: Path) -> Results:
         raise DamagedRun(f'{path} is damaged ({reason}): move it away and run the same sweep') from error
     return results
 
-def _run_files(store: Path) -> list[Path]:
-    "The runs of a store; the folder may hold other files as well."
-    return [path for path in sorted(store.glob('*.parquet')) if re.search(r'-s\d+-[0-9a-f]{10}$', path.stem)]
-
-# %% ../nbs/lib/sweep.ipynb #39d86f20
+# %% ../nbs/lib/sweep.ipynb #fdaa6812
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
 SETTINGS = {}
 if _X86: SETTINGS = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
-
-def _describe_versions() -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ('torch', 'numpy')}
-    return {'results_version': RESULTS_VERSION, **versions, 'machine': platform.machine()}
 
 def library_commit() -> str:
     "The commit that the library was checked out at, with a + if it was edited; '' for an installed one."
@@ -288,7 +280,9 @@ def _run_all(
             raise SweepError('a worker died three times with no run ended between (memory?); '
                              f'{len(left)} runs are left: run the same sweep again to go on') from error
 
-# %% ../nbs/lib/sweep.ipynb #2c852ae3
+# %% ../nbs/lib/sweep.ipynb #277fe9a4
+_RUN_NAME = re.compile(r'-s\d+-[0-9a-f]{10}\.parquet$')  # the folder may hold other files as well
+
 def _join(found: Sequence[Results]) -> Results:
     "The frames of several results in one each, with the columns that were added after their runs were made."
     frames = [[frame for frame in each if len(frame)] or each[:1] for each in zip(*found, strict=True)]
@@ -332,7 +326,8 @@ def load_results(
     folder = Path(path or os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results'))
     if (folder / 'runs.csv').exists(): results = _read_merged(folder)
     else:
-        found = [_read_run(file) for file in _run_files(folder) if keys is None or file.stem in keys]
+        files = [file for file in sorted(folder.glob('*.parquet')) if _RUN_NAME.search(file.name)]
+        found = [_read_run(file) for file in files if keys is None or file.stem in keys]
         if not found: raise FileNotFoundError(f'{folder} holds no runs: name another folder, or run a sweep')
         results = _join(found)
     if keys is not None: results = Results(*(frame[frame['key'].isin(list(keys))] for frame in results))
@@ -436,7 +431,7 @@ class _Progress(tqdm):
         self.update()
         if self.log: print(f'{self.done} of {self.total}: {text}', file=sys.stderr, flush=True)
 
-# %% ../nbs/lib/sweep.ipynb #9ed03597
+# %% ../nbs/lib/sweep.ipynb #e238cd5b
 def run_sweep(
     configs:Sequence[TrainConfig],
     out:str | Path,
@@ -491,7 +486,9 @@ def run_sweep(
     wanted = {config: record(config) if callable(record) else record for config in configs}
     failed: dict[str, Exception] = {}
     with _only_driver(store):
-        _check_environment(store, _describe_versions())
+        versions: dict[str, Any] = {name: metadata.version(name) for name in ('torch', 'numpy')}
+        versions.update(results_version=RESULTS_VERSION, machine=platform.machine())
+        _check_environment(store, versions)
         finished = _read_finished(store, wanted)
         todo = {config: record for config, record in wanted.items() if config not in finished}
         workers = partial(_dask_workers, cluster)
@@ -574,7 +571,7 @@ def estimate_seconds(
         total += seconds * config.epochs
     return total / min(effective_n_jobs(n_jobs), len(configs))
 
-# %% ../nbs/lib/sweep.ipynb #67d36f64
+# %% ../nbs/lib/sweep.ipynb #4472ec3c
 def verify(
     results:Results,
     n_runs:int=3,
@@ -616,7 +613,7 @@ def verify(
     -------
     >>> verify(load_results(), n_runs=1)  # doctest: +SKIP
     """
-    runs = results.runs[results.runs['weights_first'].notna()]
+    runs = results.runs[results.runs['weights_first'].fillna('') != '']
     if runs.empty: raise SweepError('these results keep no digests of weights to compare with')
     runs = runs.sample(min(n_runs, len(runs)), random_state=seed)
     configs = configs_of(runs.assign(device=runs['ran_on']))
@@ -633,6 +630,7 @@ def _compare_bits(run: dict[str, Any], steps: pd.DataFrame, again: Results, whol
     now = again.runs.to_dict('records')[0]
     row = {'key': run['key'], 'first': run['weights_first'] == now['weights_first']}
     if whole: row['last'] = run['weights_last'] == now['weights_last']
-    other = steps['loss'].to_numpy('float32') != again.steps['loss'].to_numpy('float32')
+    bits = [each['loss'].to_numpy('float32').view('uint32') for each in (steps, again.steps)]
+    other = bits[0] != bits[1]
     versions = [f'{name} {run[name]}, here {now[name]}' for name in MADE_WITH if run[name] != now[name]]
     return {**row, 'differs_at': other.argmax() if other.any() else None, 'other': '; '.join(versions)}

@@ -7,7 +7,7 @@ __all__ = ['CALIBRATED_ON', 'train_epoch', 'RunResult', 'resolve_device', 'descr
            'build_optimizer', 'Batches', 'Evaluation', 'evaluate', 'digest', 'train', 'figure_layers',
            'figure_near_zero', 'TrainConfig', 'LAYERS']
 
-# %% ../nbs/06_training.ipynb #04383182
+# %% ../nbs/06_training.ipynb #2cfe98f6
 import hashlib
 import math
 import platform
@@ -32,10 +32,8 @@ from .config import Device, Status, TrainConfig, one_of
 from .data import ImageDataset, channel_stats, holdout, load, subset
 from .models import LAYERS, deep_cnn, mlp, plain_cnn, rnn
 from .recorder import ActivationRecorder, plot_layer_stats, plot_near_zero
-from .surgery import calibrate
 from .style import panels
-
-_all_ = ['TrainConfig', 'LAYERS']
+from .surgery import calibrate
 
 # %% ../nbs/06_training.ipynb #eba1e6c0
 def train_epoch(
@@ -64,7 +62,9 @@ def train_epoch(
         if bar is not None: bar.update()
     return losses.tolist(), correct.item() / len(order)
 
-# %% ../nbs/06_training.ipynb #bb18f6fe
+# %% ../nbs/06_training.ipynb #94e34d59
+_all_ = ['TrainConfig', 'LAYERS']
+
 @dataclass(frozen=True)
 class RunResult:
     "What a run leaves: its configuration, tidy frames, where it ran, and how it ended."
@@ -107,7 +107,7 @@ def describe_environment(
                 machine=platform.machine(), ran_on=device.type, processor=processor,
                 cpu_capability=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
-# %% ../nbs/06_training.ipynb #55e88e64
+# %% ../nbs/06_training.ipynb #1a8b9fbc
 def load_images(
     config:TrainConfig, # its dataset, sample, valid and n_train count
     data:ImageDataset | None=None, # images already loaded
