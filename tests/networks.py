@@ -1,17 +1,25 @@
 """The networks on which surgery is tried, chosen before it was rewritten, with a small input for each.
 
 `NETWORKS` maps a name to a constructor, the class of the activation to swap, and what makes a batch. Weights
-are random: nothing is downloaded. `python tests/networks.py [NAME ...]` builds each and runs it once.
+are random: nothing is downloaded. `python tests/networks.py [NAME ...]` prints a line of JSON for each.
 """
 from __future__ import annotations
 
+import copy
+import json
+import re
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from wib_nbdev.activations import WIBReLU
+from wib_nbdev.surgery import calibrate, diagnose, fold_shift, swap_activations
 
 
 class Network(NamedTuple):
@@ -71,11 +79,12 @@ for _old, _sides in _BY_ACTIVATION.items():
             partial(images, 4, _side))
 
 # Three detectors: two stages, one stage with feature pyramids, and a VGG without normalisation.
-for _name, _side in (('fasterrcnn_resnet50_fpn', 96), ('retinanet_resnet50_fpn', 96), ('ssd300_vgg16', 96)):
-    _options = {} if _name == 'ssd300_vgg16' else dict(min_size=96, max_size=128)
+_SMALL = dict(min_size=96, max_size=128)
+for _name, _options in dict(fasterrcnn_resnet50_fpn=dict(box_score_thresh=0.0, **_SMALL), ssd300_vgg16=dict(
+        score_thresh=0.0), retinanet_resnet50_fpn=dict(score_thresh=0.0, **_SMALL)).items():
     NETWORKS[_name] = Network(
         'torchvision', partial(torchvision, _name, 'detection', weights_backbone=None, **_options), nn.ReLU,
-        partial(image_list, _side))
+        partial(image_list, 96))
 
 # Two for segmentation.
 for _name in ('fcn_resnet50', 'deeplabv3_mobilenet_v3_large'):
@@ -114,10 +123,49 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
+def tensors(output: Any) -> list[torch.Tensor]:
+    "The floating tensors that a model puts out."
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def reasons(notes: Any) -> str:
+    "How often each reason is given, without the names in it."
+    short = Counter(re.split(r', by |; |: its class| which', note)[0] for note in notes)
+    return '; '.join(f'{n} {note}' for note, n in short.items())
+
+
+@torch.no_grad()
+def measure(name: str) -> dict[str, Any]:
+    "What surgery does to a network, every zero-initialised parameter of which is made random first."
+    network = NETWORKS[name]
+    torch.manual_seed(0)
+    model, batch = network.make(), network.batch()
+    for parameter in model.parameters():
+        if not parameter.any(): parameter.normal_(0, 0.1)
+    expected = tensors(run(copy.deepcopy(model).eval(), batch))
+    report = swap_activations(model, network.old)
+    plain = copy.deepcopy(model).eval()
+    for module in plain.modules():
+        if isinstance(module, WIBReLU): module.shift.zero_()
+    same = all(map(torch.equal, tensors(run(plain, batch)), expected)) if network.old is nn.ReLU else None
+    calibrated = calibrate(model, batch)
+    frame = diagnose(model, batch)
+    units = frame[frame['type'] == 'WIBReLU']
+    before = tensors(run(model.eval(), batch))
+    folded = fold_shift(model, batch)
+    after = tensors(run(model, batch))
+    scale = max(tensor.abs().max().item() for tensor in before if tensor.numel())
+    error = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True) if a.numel()) / scale
+    left = calibrated[calibrated['shift'].isna()]
+    noted = calibrated[calibrated['shift'].notna() & (calibrated['note'] != '')]
+    return {'network': name, 'swapped': network.old.__name__, 'places': len(report),
+            'not swapped': reasons(report.loc[~report['swapped'], 'note']), 'same function': same,
+            'ReLUs left': reasons(left['note']), 'largest mean': (units['mean'].abs() / units['std']).max(),
+            'notes': reasons(noted['note']),
+            'folded': f"{folded['folded'].sum()} of {len(folded)}",
+            'not folded': reasons(folded.loc[~folded['folded'], 'note']), 'error': error}
+
+
 if __name__ == '__main__':
-    for name in sys.argv[1:] or NETWORKS:
-        torch.manual_seed(0)
-        model = NETWORKS[name].make().eval()
-        with torch.no_grad(): output = run(model, NETWORKS[name].batch())
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f'{name:32} {size:6.1f} M  {type(output).__name__}', flush=True)
+    for name in sys.argv[1:] or NETWORKS: print(json.dumps(measure(name)), flush=True)
