@@ -2,12 +2,12 @@
 
     python benchmarks/activations.py --rounds 40 --out activations.json
 
-`by itself` is one activation, forward and backward, on the largest and the smallest tensor of the plain CNN at
-batch 256, and on a larger one. `in the plain CNN` is a whole training step: forward, loss, backward, Adam. In each
-round every rival runs once, in an order that changes, and is compared with nn.ReLU in the same round, so that a slow
-moment of the machine meets both; the ratio is the median over rounds, `low` to `high` its 95 % bootstrap interval.
-`nn.ReLU, again` is nn.ReLU a second time: how far its ratio is from 1 is noise. Compiled times are taken wherever
-torch.compile works.
+`by itself` is one activation, forward and backward, on the largest and the smallest tensor of the plain CNN
+at batch 256, and on a larger one. `in the plain CNN` is a whole training step: forward, loss, backward,
+Adam. In each round every rival runs once, in an order that changes, and is compared with nn.ReLU in the
+same round, so that a slow moment of the machine meets both; the ratio is the median over rounds, `low` to
+`high` its 95 % bootstrap interval. `nn.ReLU, again` is nn.ReLU a second time: how far its ratio is from 1
+is noise. Compiled times are taken wherever torch.compile works.
 """
 import json
 import time
@@ -51,8 +51,8 @@ class PerChannel(WIBReLU):
         return super().forward(x)
 
 
-RIVALS = {'nn.ReLU': nn.ReLU, 'nn.ReLU, again': nn.ReLU, 'WIBReLU': WIBReLU, 'WIBReLU, per channel': PerChannel,
-          'F.relu(x) - shift': Difference}
+RIVALS = {'nn.ReLU': nn.ReLU, 'nn.ReLU, again': nn.ReLU, 'WIBReLU': WIBReLU,
+          'WIBReLU, per channel': PerChannel, 'F.relu(x) - shift': Difference}
 
 
 def alone(kind: Callable[[], nn.Module], shape: tuple[int, ...], compiled: bool) -> Callable[[], None]:
@@ -114,7 +114,8 @@ def main(options: Options) -> None:
     for compiled in (False, True) if not options.eager_only and can_compile() else (False,):
         places = {f'by itself, {shape}': {name: alone(kind, shape, compiled) for name, kind in RIVALS.items()}
                   for shape in ((256, 8, 14, 14), (256, 64, 2, 2), (32, 64, 28, 28))}
-        places['in the plain CNN, a step'] = {name: in_network(kind, compiled) for name, kind in RIVALS.items()}
+        networks = {name: in_network(kind, compiled) for name, kind in RIVALS.items()}
+        places['in the plain CNN, a step'] = networks
         for place, steps in places.items():
             seconds = race(steps, options.rounds)
             calls = 10 if place.startswith('by itself') else 1
@@ -123,8 +124,9 @@ def main(options: Options) -> None:
                 ratios = np.array(times) / seconds['nn.ReLU']
                 medians = np.median(draw.choice(ratios, (2000, len(ratios))), axis=1)
                 low, high = np.quantile(medians, [0.025, 0.975])
-                rows.append(dict(mode=mode, place=place, rival=name, ratio=np.median(ratios), low=low, high=high,
-                                 microseconds=np.median(times) / calls * 1e6))
+                rows.append(dict(mode=mode, place=place, rival=name,
+                                 microseconds=np.median(times) / calls * 1e6,
+                                 ratio=np.median(ratios), low=low, high=high))
     table = pd.DataFrame(rows)
     memory = {name: saved_bytes(kind) for name, kind in RIVALS.items()}
     print(table.to_string(index=False, float_format='{:.3f}'.format))

@@ -1,12 +1,14 @@
 """What a sweep adds to its runs: two worker processes against one, and the overhead per run.
 
-Beside it the floor, the same runs by bare processes without a sweep: what two of them lose there, the machine takes (memory, cache, pace).
+Beside it the floor, the same runs by bare processes without a sweep, with the same settings: what two of them
+lose there, the machine takes (memory, cache, pace).
 
     python benchmarks/sweep.py                  # a few minutes
     python benchmarks/sweep.py --json out.json
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ import torch
 
 from wib_nbdev.config import TrainConfig
 from wib_nbdev.data import load
-from wib_nbdev.sweep import grid, run_sweep
+from wib_nbdev.sweep import SETTINGS, grid, run_sweep
 from wib_nbdev.training import train
 
 
@@ -51,7 +53,8 @@ def be_bare(n_runs: int, epochs: int) -> None:
 def bare(n_runs: int, epochs: int, n_jobs: int) -> float:
     "Wall time of the runs, shared out among bare processes."
     words = [sys.executable, __file__, '--bare', '--runs', str(n_runs // n_jobs), '--epochs', str(epochs)]
-    processes = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n_jobs)]
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **SETTINGS})
+    processes = [subprocess.Popen(words, **options) for _ in range(n_jobs)]
     for process in processes: assert process.stdout.readline() == 'ready\n'
     clock = time.perf_counter()
     for process in processes: print(file=process.stdin, flush=True)
@@ -60,9 +63,10 @@ def bare(n_runs: int, epochs: int, n_jobs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('--runs', type=int, default=12, help='an even number')
-    parser.add_argument('--epochs', type=int, default=60, help='of the sample: sixty take as long as one of the full data')
+    parser.add_argument('--epochs', type=int, default=60, help='of the sample; 60 are one of the full data')
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--json', type=Path)
     parser.add_argument('--bare', action='store_true', help='be one of the bare processes')
@@ -74,8 +78,10 @@ def main() -> None:
         one, two = (measure(options.runs, options.epochs, n_jobs) for n_jobs in (1, 2))
         floor = [bare(options.runs, options.epochs, n_jobs) for n_jobs in (1, 2)]
         efficiency, of_bare = one['wall'] / (2 * two['wall']), floor[0] / (2 * floor[1])
-        rows.append(dict(repeat=repeat, one=one, two=two, efficiency=efficiency, bare=floor, bare_efficiency=of_bare))
-        print(f"{options.runs} runs: one process {one['wall']:.1f} s, two {two['wall']:.1f} s, efficiency {efficiency:.2f}; "
+        rows.append(dict(repeat=repeat, one=one, two=two, efficiency=efficiency, bare=floor,
+                         bare_efficiency=of_bare))
+        print(f"{options.runs} runs: one process {one['wall']:.1f} s, two {two['wall']:.1f} s, "
+              f"efficiency {efficiency:.2f}; "
               f"overhead per run {one['overhead_per_run']:.2f} and {two['overhead_per_run']:.2f} s; "
               f"bare processes {floor[0]:.1f} and {floor[1]:.1f} s, efficiency {of_bare:.2f}", flush=True)
     if options.json: options.json.write_text(json.dumps(rows, indent=2))

@@ -14,6 +14,7 @@ version = release = facts['version']
 extensions = ['myst_nb', 'sphinx-mathjax-offline']
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'gfm'  # tables that a cell prints
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'smartquotes']
 myst_heading_anchors = 3
 exclude_patterns = ['_build']

@@ -23,14 +23,15 @@ def readme() -> dict[Path, bytes]:
     notebook.metadata['language_info'] = {'name': 'python'}  # of the fences; nbdev keeps only the kernel's name
     pictures = {}
     for cell in notebook.cells:
+        alt = ''.join(re.findall(r'^#\| fig-alt: (.*)', cell.source, re.M))
         if cell.cell_type == 'code' and cell.source.startswith('#| echo: false'): cell.source = ''
         for output in cell.get('outputs', []):
             if 'image/png' not in output.get('data', {}): continue
             path = ROOT / 'docs' / f'readme_{len(pictures)}.png'
             pictures[path] = base64.b64decode(output['data'].pop('image/png'))
-            output['data'] = {'text/markdown': f'![WIB-ReLU against each rival](docs/{path.name})'}
+            output['data'] = {'text/markdown': f'![{alt}](docs/{path.name})'}
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', re.sub(r'```python\s*```', '', text))
+    text = re.sub(r'\]\(((?:lib/)?\w+\.ipynb)\)', r'](nbs/\1)', re.sub(r'```python\s*```', '', text))
     return {ROOT / 'README.md': (NOTE + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n').encode(), **pictures}
 
 

@@ -1,4 +1,5 @@
 """Statistics against scipy, statsmodels and closed forms; runs that are missing, mixed or diverged."""
+import itertools
 import math
 from dataclasses import asdict, replace
 
@@ -85,6 +86,14 @@ def test_sign_flip_p_counts_the_patterns(x):
     means = np.abs(x @ signs)
     assert s.sign_flip_p(x) == pytest.approx(np.mean(means >= abs(x.sum()) - 1e-9 * means.max()))
     assert s.sign_flip_p(x) == pytest.approx(s.sign_flip_p(-x))
+
+
+def test_sign_flip_p_counts_ties_of_accuracies():
+    "Differences in steps of one image tie often, and floats must not part them."
+    for steps in np.random.default_rng(0).integers(-50, 50, (50, 9)):
+        sums = np.array([signs @ steps for signs in itertools.product([1, -1], repeat=9)])
+        right = 0.6 + np.arange(9) / 1e4, 0.6 + (np.arange(9) + steps) / 1e4
+        assert s.sign_flip_p(right[1] - right[0]) == np.mean(abs(sums) >= abs(steps.sum()))
 
 
 @pytest.mark.parametrize('effect', [0.5, 1.0, 2.0])

@@ -1,172 +1,231 @@
-"""The store under fire: real drivers killed, real workers killed, full disks, spoilt files, two drivers, Ctrl-C, and a Dask cluster."""
-import contextlib
+"""The store and its workers: killed processes, Ctrl-C, spoilt files, refused folders, a Dask cluster."""
+import errno
 import json
 import os
 import random
 import re
-import resource
-import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import pytest
 from waiting import wait_for
 
 from wib_nbdev import sweep
-from wib_nbdev.config import TrainConfig
-from wib_nbdev.training import train
 
-# Small but real: the embedded sample, a few epochs, so that a signal sent after the first run meets others.
-CONFIGS = sweep.grid(sample=True, epochs=4, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'], dataset='fashion_mnist')
-DRIVER = '''
+# Small but real. After them come runs without an end, where a signal has to meet a sweep in mid-run.
+AXES = dict(sample=True, epochs=4, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'])
+CONFIGS = sweep.grid(**AXES)
+ENDLESS = sweep.grid(sample=True, epochs=1_000_000)
+BROKEN = replace(CONFIGS[0], compile=True)  # fails at once if it is to be recorded
+DRIVER = f'''
 import sys
 from wib_nbdev import sweep
 if __name__ == '__main__':
-    configs = sweep.grid(sample=True, epochs=4, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'], dataset='fashion_mnist')
-    sweep.run_sweep(configs, sys.argv[1], n_jobs=int(sys.argv[2]), progress=False)
+    configs, cluster = sweep.grid(**{AXES}), sys.argv[2] if len(sys.argv) > 2 else None
+    if len(sys.argv) != 3: configs += sweep.grid(sample=True, epochs=1_000_000)
+    sweep.run_sweep(configs, sys.argv[1], n_jobs=1, cluster=cluster)
     print('done')
 '''
+DEADLINE = 900  # seconds; far above what anything here needs
+linux = pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds processes through /proc')
 
 
-def numbers(results: sweep.Results) -> pd.DataFrame:
-    "What a sweep measured, without what differs from one execution to the next."
-    return results.epochs.drop(columns='seconds').sort_values(['key', 'epoch', 'split']).reset_index(drop=True)
+def run(configs, store, **options) -> sweep.Results:
+    return sweep.run_sweep(configs, store, **{'n_jobs': 1, 'progress': False, **options})
+
+
+def assert_same(results: sweep.Results, expected: sweep.Results) -> None:
+    "Equal, save for the order and for what differs from one execution to the next."
+    for name, frame, other in zip(results._fields, results, expected, strict=True):
+        by = [column for column in ('key', 'iteration', 'epoch', 'split') if column in frame]
+        frames = [each.drop(columns=['seconds', 'made_at'], errors='ignore') for each in (frame, other)]
+        frames = [each.sort_values(by, ignore_index=True) for each in frames]
+        pd.testing.assert_frame_equal(*frames, check_exact=True, check_dtype=False, obj=name)
+
+
+def runs_in(store: Path) -> list[Path]:
+    return sorted(store.glob('*.parquet'))
+
+
+def times_of(store: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in runs_in(store)}
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory) -> pd.DataFrame:
-    return numbers(sweep.run_sweep(CONFIGS, tmp_path_factory.mktemp('undisturbed'), n_jobs=1, progress=False))
-
-
-@pytest.fixture
-def driver(tmp_path) -> Path:
-    path = tmp_path / 'driver.py'
-    path.write_text(DRIVER)
-    return path
-
-
-def start(driver: Path, store: Path, n_jobs: int = 1, **env: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, driver, store, str(n_jobs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, env={**os.environ, **env})
-
-
-def runs_in(store: Path) -> list[Path]: return sorted(store.glob('*.parquet'))
-
-
-def test_undisturbed(undisturbed):
-    assert undisturbed['key'].nunique() == len(CONFIGS) and set(undisturbed['split']) == {'train', 'valid'}
-
-
-def test_numbers_do_not_depend_on_workers_or_order(undisturbed, tmp_path):
-    results = sweep.run_sweep(CONFIGS[::-1], tmp_path, n_jobs=2, progress=False)
-    pd.testing.assert_frame_equal(numbers(results), undisturbed, check_exact=True)
-
-
-def test_a_finished_run_is_not_computed_again(undisturbed, tmp_path):
-    sweep.run_sweep(CONFIGS, tmp_path, n_jobs=1, progress=False)
-    before = {path: path.stat().st_mtime_ns for path in runs_in(tmp_path)}
-    results = sweep.run_sweep(CONFIGS + CONFIGS[:2], tmp_path, n_jobs=1, progress=False)
-    assert {path: path.stat().st_mtime_ns for path in runs_in(tmp_path)} == before
-    assert len(results.runs) == len(CONFIGS)
-
-
-def test_driver_killed_at_random_moments(driver, tmp_path, undisturbed):
-    "SIGKILL, twenty times or until the sweep is through: what is in the store stays whole, and the end equals an undisturbed sweep."
-    store, chance, seen, met = tmp_path / 'store', random.Random(0), set(), []
-    begun, process = time.monotonic(), start(driver, store)
-    wait_for(lambda: runs_in(store))  # the first kill meets a sweep in mid-run, and tells how long a driver takes to its first run
-    pace = time.monotonic() - begun
-    for _ in range(20):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        there = {path.stem for path in runs_in(store)}
-        met.append(len(there))
-        for path in runs_in(store): sweep.read_run(path)
-        assert seen <= there
-        seen = there
-        process = start(driver, store)
-        time.sleep(pace * chance.uniform(0.1, 1.1))
-    assert 0 < met[0] < len(CONFIGS), 'no kill met a sweep in mid-run'
-    assert process.communicate()[0].strip() == 'done' and process.returncode == 0
-    pd.testing.assert_frame_equal(numbers(sweep.load_results(store)), undisturbed, check_exact=True)
-    assert not list(store.glob('*.tmp')), 'leftovers of killed drivers are cleared by the next one'
-
-
-def children(pid: int) -> list[int]:
-    "The process's descendants, as Linux lists them."
-    found = []
-    for task in Path(f'/proc/{pid}/task').glob('*/children'):
-        for child in task.read_text().split(): found += [int(child), *children(int(child))]
-    return found
-
-
-@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds worker processes through /proc')
-def test_worker_killed(driver, tmp_path, undisturbed):
-    store = tmp_path / 'store'
-    process = start(driver, store, n_jobs=2)
-    wait_for(lambda: runs_in(store))
-    commands = {pid: Path(f'/proc/{pid}/cmdline').read_bytes() for pid in children(process.pid)}
-    workers = [pid for pid, words in commands.items() if b'loky' in words and b'tracker' not in words]
-    os.kill(workers[0], signal.SIGKILL)
-    assert len(runs_in(store)) < len(CONFIGS), 'the kill met no sweep in mid-run'
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and out.strip() == 'done', err
-    pd.testing.assert_frame_equal(numbers(sweep.load_results(store)), undisturbed, check_exact=True)
-
-
-@pytest.mark.parametrize('n_jobs', [1, 2])
-def test_ctrl_c(driver, tmp_path, undisturbed, n_jobs):
-    store = tmp_path / 'store'
-    process = start(driver, store, n_jobs)
-    wait_for(lambda: runs_in(store))
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert (said := re.search(r'interrupted: (\d) of 6 runs are in .*; run the same sweep again to go on', err)), err
-    assert len(runs_in(store)) == int(said[1]) < 6
-    for path in runs_in(store): sweep.read_run(path)
-    resumed = sweep.run_sweep(CONFIGS, store, n_jobs=1, progress=False)
-    pd.testing.assert_frame_equal(numbers(resumed), undisturbed, check_exact=True)
-
-
-def test_disk_full(driver, tmp_path, undisturbed):
-    "A real full disk: a tmpfs of 64 KiB in a mount namespace of its own."
-    if not shutil.which('unshare') or subprocess.run(['unshare', '-rm', 'true'], capture_output=True).returncode:
-        pytest.skip('this system lets no user make a mount namespace')
-    store, kept = tmp_path / 'store', tmp_path / 'kept'
-    store.mkdir()
-    kept.mkdir()
-    script = (f'mount -t tmpfs -o size=64k tmpfs {store} && dd if=/dev/zero of={store}/ballast bs=1k count=52 status=none; '
-              f'{sys.executable} {driver} {store} 1; code=$?; cp {store}/*.parquet {kept}; ls {store} >&2; exit $code')
-    run = subprocess.run(['unshare', '-rm', 'sh', '-c', script], capture_output=True, text=True)
-    assert run.returncode != 0 and 'done' not in run.stdout
-    assert 'No space left on device' in run.stderr and 'it goes on where it was' in run.stderr
-    assert '.tmp' not in run.stderr.splitlines()[-1]
-    assert 0 < len(runs_in(kept)) < len(CONFIGS)
-    for path in runs_in(kept): sweep.read_run(path)
-    resumed = sweep.run_sweep(CONFIGS, kept, n_jobs=1, progress=False)
-    pd.testing.assert_frame_equal(numbers(resumed), undisturbed, check_exact=True)
+def undisturbed(tmp_path_factory) -> sweep.Results:
+    return run(CONFIGS, tmp_path_factory.mktemp('undisturbed'))
 
 
 @pytest.fixture(scope='module')
 def one_run(tmp_path_factory) -> Path:
     store = tmp_path_factory.mktemp('one')
-    sweep.run_sweep(CONFIGS[:1], store, n_jobs=1, progress=False)
+    run(CONFIGS[:1], store, record=True)
     return runs_in(store)[0]
 
+
+# ---- what runs give
+
+def test_numbers_do_not_depend_on_workers_or_order(undisturbed, tmp_path):
+    assert_same(run(CONFIGS[::-1] + CONFIGS[:2], tmp_path, n_jobs=2), undisturbed)
+    before = times_of(tmp_path)
+    assert_same(run(CONFIGS, tmp_path), undisturbed)
+    assert times_of(tmp_path) == before, 'nothing was computed again'
+
+
+def test_what_is_kept_of_a_run(undisturbed):
+    runs = undisturbed.runs.set_index('key')
+    assert list(runs.index) == sorted(config.key for config in CONFIGS)
+    assert (runs['threads'] == 1).all() and runs['weights_first'].ne(runs['weights_last']).all()
+    if sweep.SETTINGS: assert set(runs['cpu_capability']) <= {'AVX2', 'DEFAULT'}
+    assert all(list(each) == [0, 1, 2, 3] for _, each in undisturbed.steps.groupby('key')['iteration'])
+    last = undisturbed.epochs.query("split == 'valid' and epoch == 4").set_index('key')['accuracy']
+    bits = undisturbed.correct.set_index('key')['bits']
+    right = bits.map(lambda each: int.from_bytes(each, 'big').bit_count())
+    pd.testing.assert_series_equal(right / 500, last, check_names=False, check_like=True)
+
+
+def test_a_held_out_run_keeps_no_test_images(tmp_path):
+    results = run([replace(CONFIGS[0], valid='holdout', amp=True)], tmp_path)
+    assert results.correct.empty and len(results.steps) and sweep.configs_of(results.runs)[0].amp
+
+
+def test_runs_without_layers_run_again_to_get_them(tmp_path):
+    run(CONFIGS[:2], tmp_path)
+    record = lambda config: config == CONFIGS[0] and {'every': 2}
+    with pytest.warns(UserWarning, match='1 runs in .* kept no layers'):
+        results = run(CONFIGS[:2], tmp_path, record=record)
+    assert set(results.layers['key']) == {CONFIGS[0].key}
+    before = times_of(tmp_path)
+    run(CONFIGS[:2], tmp_path, record=record)
+    assert times_of(tmp_path) == before
+
+
+def test_a_failing_run_is_listed_and_the_others_finish(tmp_path, capsys):
+    record = lambda config: config == BROKEN
+    results = run([BROKEN, CONFIGS[0]], tmp_path, record=record, progress=True)
+    assert list(results.runs['key']) == [CONFIGS[0].key]
+    said = capsys.readouterr().err
+    assert re.search(rf'^failed: {BROKEN.key}: ValueError: record=True with compile=True', said, re.M)
+    assert re.search(r'^2 of 2: fashion_mnist relu seed 0: ', said, re.M) and '\r' not in said, 'no bar'
+    assert 'Traceback' in (tmp_path / f'{BROKEN.key}.error.txt').read_text()
+    with pytest.raises(sweep.SweepError, match='no run worked'): run([BROKEN], tmp_path, record=True)
+
+
+def test_grid_refuses_an_unknown_axis():
+    with pytest.raises(ValueError, match=r"axis='activaton'.*did you mean 'activation'"):
+        sweep.grid(activaton='relu')
+
+
+# ---- processes that end
+
+@pytest.fixture
+def start(tmp_path):
+    "A real driver in a process group of its own."
+    (tmp_path / 'driver.py').write_text(DRIVER)
+    started = []
+    def begin(*words) -> subprocess.Popen:
+        heard = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, tmp_path / 'driver.py', *words]
+        started.append(subprocess.Popen(command, **heard, start_new_session=True))
+        return started[-1]
+    yield begin
+    for process in started: process.kill()
+
+
+def workers_of(pid: int) -> list[int]:
+    "The loky workers of a process."
+    lists = [each.read_text().split() for each in Path(f'/proc/{pid}/task').glob('*/children')]
+    children = [int(child) for each in lists for child in each]
+    return [child for child in children if b'popen_loky' in Path(f'/proc/{child}/cmdline').read_bytes()]
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f'/proc/{pid}').exists() for pid in pids)
+
+
+@linux
+def test_a_killed_driver_leaves_a_whole_store_and_no_worker(start, tmp_path, undisturbed):
+    store = tmp_path / 'store'
+    process = start(store)
+    wait_for(lambda: runs_in(store), DEADLINE)
+    workers = workers_of(process.pid)
+    process.kill()  # the driver alone
+    process.wait()
+    assert workers and wait_for(lambda: gone(workers), DEADLINE)
+    left, foreign = store / f'.half.parquet.1{sweep._TEMPORARY}', store / 'thesis.docx.tmp'
+    for path in (left, foreign): path.write_bytes(b'half')
+    assert_same(run(CONFIGS, store), undisturbed)
+    assert foreign.exists() and not left.exists()
+
+
+@linux
+def test_ctrl_c_says_how_to_go_on(start, tmp_path):
+    store = tmp_path / 'store'
+    process = start(store)
+    wait_for(lambda: runs_in(store), DEADLINE)
+    workers = workers_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=DEADLINE)
+    assert process.returncode != 0 and workers and gone(workers)
+    found = re.search(r'interrupted: (\d) of 7 runs are in .*; run the same sweep again to go on', said)
+    assert found and len(runs_in(store)) == int(found[1]), said
+
+
+def once_there_is_a_run(store: Path, do) -> threading.Thread:
+    def watch() -> None:
+        wait_for(lambda: runs_in(store), DEADLINE)
+        do()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_sigterm_says_how_to_go_on(tmp_path, capsys):
+    thread = once_there_is_a_run(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt): run(CONFIGS + ENDLESS, tmp_path)
+    thread.join()
+    assert re.search(r'interrupted: [1-6] of 7 runs are in', capsys.readouterr().err)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@linux
+def test_a_killed_worker_is_replaced(tmp_path, undisturbed):
+    killed = []
+    def kill() -> None:
+        killed.extend(workers_of(os.getpid())[:1])
+        os.kill(killed[0], signal.SIGKILL)
+    thread = once_there_is_a_run(tmp_path, kill)
+    results = run(CONFIGS, tmp_path)
+    thread.join()
+    assert killed
+    assert_same(results, undisturbed)
+
+
+def kill_this_process(iteration: int) -> bool:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+
+def test_a_run_that_kills_its_worker_is_a_clear_end(tmp_path):
+    record = lambda config: config == CONFIGS[1] and {'every': kill_this_process}
+    with pytest.raises(sweep.SweepError, match=r'a worker died three times .*; 1 runs are left'):
+        run(CONFIGS[:2], tmp_path, record=record)
+    assert [path.stem for path in runs_in(tmp_path)] == [CONFIGS[0].key]
+
+
+# ---- files
 
 def spoil(content: bytes, how: str, chance: random.Random) -> bytes:
     if how == 'empty': return b''
     if how == 'truncated': return content[:chance.randrange(1, len(content))]
     if how == 'text': return b'not a parquet file'
     if how == 'renamed':  # in the footer, which no checksum covers
-        name = chance.choice([b'loss', b'layers', b'accuracy', b'status', b'split'])
+        name = chance.choice([b'loss', b'layers', b'accuracy', b'status', b'split', b'momentum'])
         return content.replace(name, name[:-1] + b'_')
     at = chance.randrange(len(content))
     return content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1:]
@@ -174,277 +233,227 @@ def spoil(content: bytes, how: str, chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize('how', ['empty', 'truncated', 'text', 'renamed', 'flipped'])
 def test_spoilt_file_is_named_or_harmless(one_run, tmp_path, how):
-    "A spoilt file is either refused by name, or its numbers are those that were written: no change gets through."
-    content, chance, good = one_run.read_bytes(), random.Random(how), sweep.read_run(one_run)
-    refused = 0
-    for trial in range(60):
-        path = tmp_path / str(trial) / one_run.name
-        path.parent.mkdir()
+    "A spoilt file is either refused by name, or its numbers are those that were written."
+    content, chance, good = one_run.read_bytes(), random.Random(how), sweep.load_results(one_run.parent)
+    refused, path = 0, tmp_path / one_run.name
+    for _ in range(60):
         path.write_bytes(spoil(content, how, chance))
-        try: row = sweep.read_run(path)
+        try: results = sweep.load_results(tmp_path)
         except sweep.DamagedRun as error:
-            assert str(path) in str(error) and 'delete it and run the sweep again' in str(error)
+            assert str(path) in str(error) and 'move it away and run the same sweep' in str(error)
             refused += 1
-        else: assert row == good
-    assert refused >= (10 if how == 'flipped' else 60)  # a flipped bit in padding or statistics may change nothing
+        else: assert_same(results, good)
+    assert refused >= (10 if how == 'flipped' else 60)  # a bit in padding or statistics changes nothing
 
 
 def test_spoilt_file_is_set_aside_and_run_again(one_run, tmp_path):
     path = tmp_path / one_run.name
     path.write_bytes(one_run.read_bytes()[:-40])
-    with pytest.warns(UserWarning, match='was set aside'): results = sweep.run_sweep(CONFIGS[:1], tmp_path, n_jobs=1, progress=False)
+    with pytest.warns(UserWarning, match='was set aside'):
+        results = run(CONFIGS[:1], tmp_path)
     assert len(results.runs) == 1 and path.with_suffix('.damaged').exists()
 
 
-def test_a_file_that_the_system_does_not_let_us_read_stays(one_run, tmp_path, monkeypatch):
-    "Too many open files, no permission: the run itself may be whole."
+def test_file_under_another_name_is_refused(one_run, tmp_path):
+    (tmp_path / f'{CONFIGS[1].key}.parquet').write_bytes(one_run.read_bytes())
+    with pytest.raises(sweep.DamagedRun, match='it holds the run'): sweep.load_results(tmp_path)
+
+
+def test_a_folder_is_what_its_name_says(tmp_path, monkeypatch):
+    "The user's own folder, with files of the user's; a name that looks like an address; no name at all."
+    monkeypatch.chdir(tmp_path)
+    Path('mine.parquet').write_bytes(b'of the user')
+    for out in ('.', 'lr:0.01'):
+        assert len(run(CONFIGS[:1], out).runs) == len(sweep.load_results(out).runs) == 1
+    assert Path('mine.parquet').read_bytes() == b'of the user' and len(runs_in(Path('lr:0.01'))) == 1
+    with pytest.raises(ValueError, match="out='': must name a folder"): run(CONFIGS[:1], '')
+    with pytest.raises(FileNotFoundError, match='holds no runs: name another folder, or run a sweep'):
+        sweep.load_results(tmp_path / 'nothing')
+
+
+def test_a_second_driver_on_a_folder_is_refused(tmp_path):
+    with sweep._only_driver(tmp_path), pytest.raises(sweep.SweepError, match='another sweep writes there'):
+        run(CONFIGS[:1], tmp_path)
+
+
+LOCKS = {errno.ENOLCK: 'on a local disk', errno.EIO: 'on a local disk', errno.EROFS: 'may write to'}
+
+
+@pytest.mark.parametrize('number, remedy', LOCKS.items())
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, number, remedy):
+    import fcntl
+    def refuse(*_): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    with pytest.raises(sweep.SweepError, match=f'{tmp_path}: {os.strerror(number)}; .*{remedy}'):
+        run(CONFIGS[:1], tmp_path)
+
+
+def test_a_full_disk(one_run, tmp_path, monkeypatch):
+    "The run that was being written is not there, what was there before is."
     path = tmp_path / one_run.name
     path.write_bytes(one_run.read_bytes())
-    taken = []
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowered = max(map(int, os.listdir('/dev/fd'))) + 8
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, limit[1]))
-        with contextlib.suppress(OSError):
-            while True: taken.append(os.open(os.devnull, os.O_RDONLY))
-        with pytest.raises(sweep.SweepError, match='could not be read'): sweep.read_run(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-        for each in taken: os.close(each)
-    assert sweep.read_run(path) == sweep.read_run(one_run)
+    def refuse(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'fsync', refuse)
+    with pytest.raises(sweep.SweepError, match='No space left on device; make room, then run the same sweep'):
+        run(CONFIGS[:2], tmp_path)
+    monkeypatch.undo()
+    assert runs_in(tmp_path) == [path] and not list(tmp_path.glob(f'.*{sweep._TEMPORARY}'))
+    (tmp_path / 'a file').touch()
+    with pytest.raises(sweep.SweepError, match='a file: File exists'): run(CONFIGS[:1], tmp_path / 'a file')
 
 
-def test_file_under_another_name_is_refused(one_run, tmp_path):
-    path = tmp_path / f'{CONFIGS[1].key}.parquet'
-    path.write_bytes(one_run.read_bytes())
-    with pytest.raises(sweep.DamagedRun, match='it holds the run'): sweep.read_run(path)
+# ---- what runs were made with
+
+OTHERS = dict(torch='1.4.0', results_version=0, cpu_capability='AVX512')
 
 
-def test_two_drivers_on_one_folder(driver, tmp_path):
-    store = tmp_path / 'store'
-    with sweep._only_driver(store):
-        second = start(driver, store)
-        _, err = second.communicate(timeout=60)
-    assert second.returncode != 0 and 'another sweep is writing there' in err
-    assert not runs_in(store)
+@pytest.mark.parametrize('name, value', OTHERS.items())
+def test_a_store_made_with_something_else_is_refused(tmp_path, name, value):
+    run(CONFIGS[:1], tmp_path)
+    path = tmp_path / 'environment.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(sweep.SweepError, match=rf'{name} {value}, here is .*use another folder'):
+        run(CONFIGS[:2], tmp_path)
+    assert len(runs_in(tmp_path)) == 1
 
 
-def test_runs_of_another_torch_are_refused(one_run, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    table = pq.read_table(one_run)
-    environment = json.dumps({**json.loads(table['environment'][0].as_py()), 'torch': '1.4.0'})
-    table = table.set_column(table.schema.get_field_index('environment'), 'environment', pa.array([environment]))
-    pq.write_table(table, tmp_path / one_run.name)
-    with pytest.raises(sweep.SweepError, match=r'1\.4\.0.*use another folder'):
-        sweep.run_sweep(CONFIGS[:1], tmp_path, n_jobs=1, progress=False)
-
-
-def test_runs_of_other_numbers_are_refused_though_their_keys_are_others(tmp_path, monkeypatch):
-    "A change of the numbers changes every key, so none of the store's runs is one of those asked for."
-    sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False)
-    runs_in(tmp_path)[0].write_bytes(b'damaged')  # one that cannot be asked
-    monkeypatch.setattr(sweep, 'NUMBERS', 2)
-    with pytest.raises(sweep.SweepError, match=r"'numbers': 1.*here are \{'numbers': 2.*use another folder"):
-        sweep.run_sweep(CONFIGS[2:3], tmp_path, n_jobs=1, progress=False)
-
-
-def test_a_worker_with_another_torch_is_refused(tmp_path):
-    result = train(CONFIGS[0], progress=False)
-    elsewhere = replace(result, environment={**result.environment, 'torch': '1.4.0'})
-    with pytest.raises(sweep.SweepError, match=r'the worker that ran .* has .*1\.4\.0.*same versions on every machine'):
-        sweep.keep(sweep.Outcome(CONFIGS[0], elsewhere, '', 1.0), tmp_path)
-    assert not runs_in(tmp_path)
+def test_a_worker_without_the_settings_is_refused(monkeypatch):
+    if not sweep.SETTINGS: pytest.skip('this processor has no settings')
+    monkeypatch.delenv('ATEN_CPU_CAPABILITY', raising=False)
+    settings = 'ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE'
+    with pytest.raises(sweep.SweepError, match=f'start it with {settings}'):
+        sweep._run_one(CONFIGS[0], False, None)
 
 
 def test_results_of_several_torches_are_not_mixed(tmp_path, undisturbed):
-    results = sweep.run_sweep(CONFIGS, tmp_path / 'store', n_jobs=1, progress=False)
-    mixed = results.runs.assign(torch=['1.4.0', *results.runs['torch'][1:]])
-    sweep.write_results(results._replace(runs=mixed), tmp_path / 'mixed')
-    with pytest.raises(sweep.SweepError, match=r'mixes runs of .*1\.4\.0'): sweep.load_results(tmp_path / 'mixed')
-    sweep.write_results(results._replace(runs=results.runs.assign(torch='1.4.0')), tmp_path / 'old')
-    with pytest.raises(sweep.SweepError, match=r'1\.4\.0.*cannot be mixed'): sweep.restore_runs(tmp_path / 'old', tmp_path / 'empty')
-    assert not runs_in(tmp_path / 'empty')
+    mixed = undisturbed.runs.assign(torch=['1.4.0', *undisturbed.runs['torch'][1:]])
+    sweep.write_results(undisturbed._replace(runs=mixed), tmp_path)
+    with pytest.raises(sweep.SweepError, match=r'mixes runs of .*1\.4\.0'): sweep.load_results(tmp_path)
 
 
-def test_runs_that_were_not_watched_run_again_to_be(tmp_path):
-    sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False)
-    watch = lambda config: config == CONFIGS[0] and {'every': 2}
-    with pytest.warns(UserWarning, match='1 runs in .* without watching'):
-        results = sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False, record=watch)
-    assert set(results.layers['key']) == {CONFIGS[0].key}
-    before = {path: path.stat().st_mtime_ns for path in runs_in(tmp_path)}
-    sweep.run_sweep(CONFIGS[:2], tmp_path, n_jobs=1, progress=False, record=watch)
-    assert {path: path.stat().st_mtime_ns for path in runs_in(tmp_path)} == before
+# ---- merged results
+
+def test_merged_results_go_there_and_back(tmp_path, undisturbed, one_run):
+    results = undisturbed._replace(layers=sweep.load_results(one_run.parent).layers)
+    folders = [tmp_path / name for name in ('merged', 'again', 'store')]
+    sweep.write_results(results, folders[0])
+    assert [sweep.restore_runs(folders[0], folders[2]) for _ in range(2)] == [len(CONFIGS), 0]
+    sweep.write_results(sweep.load_results(folders[2]), folders[1])
+    files = sorted(path.name for path in folders[0].iterdir())
+    assert files == ['correct.parquet', 'epochs.parquet', 'layers.parquet', 'runs.csv', 'steps.parquet']
+    for name in files: assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    before = times_of(folders[2])
+    assert_same(run(CONFIGS, folders[2]), sweep.load_results(folders[0]))
+    assert times_of(folders[2]) == before, 'nothing was computed again'
+    with pytest.raises(sweep.SweepError, match='merged results'): run(CONFIGS, folders[0])
 
 
-def test_when_no_run_works_the_sweep_says_so(tmp_path, capsys):
-    with pytest.raises(sweep.SweepError, match='no run worked'):
-        sweep.run_sweep([TrainConfig(epochs=1)], tmp_path / 'store', n_jobs=1, progress=False, root=tmp_path / 'nothing-here')
-
-
-def test_a_failing_run_is_listed_and_the_others_finish(tmp_path, capsys):
-    bad = TrainConfig(dataset='cifar10', epochs=1)  # full data, which are not in this root
-    results = sweep.run_sweep([bad, CONFIGS[0]], tmp_path / 'store', n_jobs=1, progress=False, root=tmp_path / 'nothing-here')
-    assert list(results.runs['key']) == [CONFIGS[0].key]
-    assert re.search(rf'failed: {bad.key}: .*FileNotFoundError', capsys.readouterr().err)
-    assert 'Traceback' in (tmp_path / 'store' / f'{bad.key}.error.txt').read_text()
-
-
-def test_failures_are_listed_although_the_sweep_is_stopped(tmp_path):
-    bad = TrainConfig(dataset='cifar10', epochs=1)
-    driver, store = tmp_path / 'driver.py', tmp_path / 'store'
-    driver.write_text(DRIVER.replace('run_sweep(configs,', f'run_sweep([sweep.{bad!r}, *configs],').replace(
-        'progress=False', f'progress=False, root={str(tmp_path)!r}'))
-    process = start(driver, store)
-    wait_for(lambda: runs_in(store))
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and 'interrupted: ' in err
-    assert re.search(rf'^failed: {bad.key}: .*FileNotFoundError', err, re.M)
-
-
-def test_merged_results_round_trip(tmp_path, undisturbed):
-    results = sweep.run_sweep(CONFIGS, tmp_path / 'store', n_jobs=1, progress=False, record={'every': 2})
-    sweep.write_results(results, tmp_path / 'merged')
-    sweep.write_results(sweep.load_results(tmp_path / 'merged'), tmp_path / 'again')
-    for name in ('runs.csv', 'epochs.parquet', 'layers.parquet'):
-        assert (tmp_path / 'merged' / name).read_bytes() == (tmp_path / 'again' / name).read_bytes()
-    pd.testing.assert_frame_equal(numbers(sweep.load_results(tmp_path / 'merged')), undisturbed, check_exact=True)
-
-
-def test_merged_results_go_back_into_a_store(tmp_path, undisturbed):
-    results = sweep.run_sweep(CONFIGS, tmp_path / 'store', n_jobs=1, progress=False, record={'every': 2})
-    sweep.write_results(results, tmp_path / 'merged')
-    assert sweep.restore_runs(tmp_path / 'merged', tmp_path / 'other') == len(CONFIGS)
-    before = {path: path.stat().st_mtime_ns for path in runs_in(tmp_path / 'other')}
-    again = sweep.run_sweep(CONFIGS, tmp_path / 'other', n_jobs=1, progress=False)
-    assert {path: path.stat().st_mtime_ns for path in runs_in(tmp_path / 'other')} == before, 'nothing was computed again'
-    pd.testing.assert_frame_equal(numbers(again), undisturbed, check_exact=True)
-    pd.testing.assert_frame_equal(again.runs.sort_values('key', ignore_index=True), results.runs.sort_values('key', ignore_index=True),
-                                  check_exact=True, check_like=True)
-
-
-def test_merged_results_that_were_edited_are_refused(tmp_path, one_run):
-    results = sweep.load_results(one_run.parent)
-    sweep.write_results(results._replace(runs=results.runs.assign(lr=0.5)), tmp_path / 'merged')
-    with pytest.raises(sweep.DamagedRun, match='has another key'): sweep.restore_runs(tmp_path / 'merged', tmp_path / 'store')
-    sweep.write_results(results._replace(runs=results.runs.assign(numbers=0)), tmp_path / 'merged')
-    with pytest.raises(sweep.SweepError, match='cannot be mixed'): sweep.restore_runs(tmp_path / 'merged', tmp_path / 'store')
+@pytest.mark.parametrize('how', ['cut', 'empty', 'missing', 'fewer', 'edited'])
+@pytest.mark.parametrize('name', ['runs.csv', 'epochs.parquet'])
+def test_merged_results_that_do_not_belong_together_are_refused(tmp_path, undisturbed, name, how):
+    sweep.write_results(undisturbed, tmp_path)
+    path = tmp_path / name
+    if how == 'cut': path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    if how == 'empty': path.write_bytes(b'')
+    if how == 'missing': path.unlink()
+    if how == 'fewer':
+        fewer = sweep.Results(*(frame[frame['key'] != CONFIGS[0].key] for frame in undisturbed))
+        sweep.write_results(fewer, tmp_path / 'other')
+        path.write_bytes((tmp_path / 'other' / name).read_bytes())
+    if how == 'edited':
+        if name != 'runs.csv': pytest.skip('a number in Parquet is not edited by hand')
+        path.write_text(path.read_text().replace('0.004', '0.005'))
+    expected = FileNotFoundError if (name, how) == ('runs.csv', 'missing') else sweep.DamagedRun
+    with pytest.raises(expected): sweep.restore_runs(tmp_path, tmp_path / 'store')
     assert not runs_in(tmp_path / 'store')
 
 
-@pytest.mark.parametrize('name', ['runs.csv', 'epochs.parquet'])
-def test_merged_results_that_do_not_belong_together_are_refused(tmp_path, undisturbed, name):
-    "A file cut short, one of another merge, one that is missing."
-    results = sweep.run_sweep(CONFIGS, tmp_path / 'store', n_jobs=1, progress=False)
-    fewer = results.runs['key'] != CONFIGS[0].key
-    for folder, kept in (('whole', results), ('other', sweep.Results(results.runs[fewer], *results[1:]))):
-        sweep.write_results(kept, tmp_path / folder)
-    sweep.write_results(results._replace(epochs=results.epochs[results.epochs['key'] != CONFIGS[0].key]), tmp_path / 'fewer epochs')
-    path = tmp_path / 'whole' / name
-    content = path.read_bytes()
-    for spoilt in (content[:len(content) // 2], b''):
-        path.write_bytes(spoilt)
-        with pytest.raises(sweep.DamagedRun, match='damaged'): sweep.load_results(path.parent)
-    for folder in ('other', 'fewer epochs'):
-        with pytest.raises(sweep.DamagedRun, match='name different runs'): sweep.load_results(tmp_path / folder)
-    (tmp_path / 'other' / 'epochs.parquet').unlink()
-    with pytest.raises(sweep.DamagedRun, match='damaged'): sweep.load_results(tmp_path / 'other')
-    with pytest.raises(sweep.SweepError, match='merged results'): sweep.run_sweep(CONFIGS[:1], tmp_path / 'other', progress=False)
+def test_committed_results_are_read(monkeypatch, tmp_path):
+    monkeypatch.delenv('WIB_RESULTS', raising=False)
+    results = sweep.committed_results()
+    assert len(sweep.configs_of(results.runs)) == len(results.runs) > 500
+    for frame, names in zip(results, sweep._COLUMNS, strict=True): assert set(names) <= set(frame)
+    monkeypatch.setenv('WIB_RESULTS', str(tmp_path))
+    assert sweep.committed_results() is None
 
 
-def test_a_run_says_which_commit_made_it(one_run):
-    assert 'commit' in sweep.read_run(one_run)['environment']
-
-
-def test_the_plan_watches_what_it_says():
-    plan = sweep.full_plan()
-    runs = pd.DataFrame([vars(config) for config in plan if sweep.watch(config)])
-    watched = sweep.with_arms(sweep.Results(runs, pd.DataFrame(), pd.DataFrame())).runs
-    assert set(watched['arm']) == set(sweep.WATCHED) and (watched.groupby(['arm', 'dataset']).size() == 3).all()
-    assert len({config.key for config in plan}) == len(plan)
-
-
-def test_no_results_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match='holds no runs: name another folder, or run a sweep'): sweep.load_results(tmp_path)
-
-
-class Cluster(NamedTuple):
-    address: str
-    scheduler: subprocess.Popen
-    workers: list[subprocess.Popen]
-    driver: subprocess.Popen # a sweep on it, of which at least one run is in the store
-    store: Path
-
+# ---- a cluster
 
 @pytest.fixture
-def start_cluster(tmp_path):
-    "A scheduler and two workers in processes of their own, one of them with two threads, and a sweep on them that has begun."
-    pytest.importorskip('distributed', reason='the extra cluster')
-    from distributed import Client
-    started = []
-    def begin(*words, **env):
-        command, silent = [sys.executable, '-m', 'distributed.cli.' + words[0], *words[1:]], subprocess.DEVNULL
-        started.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env}, stdout=silent, stderr=silent))
+def cluster(tmp_path):
+    "The address of a scheduler, and its two workers, in processes of their own."
+    client = pytest.importorskip('distributed', reason='needs the extra cluster').Client
+    file, started = tmp_path / 'scheduler.json', []
+    def begin(program, *words, **env) -> subprocess.Popen:
+        command = [sys.executable, '-m', f'distributed.cli.dask_{program}', *words, '--no-dashboard']
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])
+        env = {**os.environ, 'PYTHONPATH': path, **env}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, **silent))
         return started[-1]
-    def start(failures: int) -> Cluster:
-        file, store, driver = tmp_path / 'scheduler.json', tmp_path / 'store', tmp_path / 'dask_driver.py'
-        scheduler = begin('dask_scheduler', '--host', '127.0.0.1', '--port', '0', '--no-dashboard', '--scheduler-file', str(file),
+    def ready(settings, failures) -> tuple[str, subprocess.Popen, list[subprocess.Popen]]:
+        scheduler = begin('scheduler', '--host', '127.0.0.1', '--port', '0', '--scheduler-file', str(file),
                           DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=str(failures))
-        address = wait_for(lambda: address_in(file))
-        workers = [begin('dask_worker', address, '--nthreads', threads, '--no-nanny', '--no-dashboard') for threads in '12']
-        with Client(address) as client: client.wait_for_workers(2, timeout=60)
-        driver.write_text(DRIVER.replace('n_jobs=int(sys.argv[2])', 'cluster=sys.argv[2]'))
-        command, heard = [sys.executable, driver, store, address], subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=heard, stderr=heard, text=True))
-        wait_for(lambda: runs_in(store))
-        return Cluster(address, scheduler, workers, started[-1], store)
-    yield start
+        address = wait_for(lambda: address_in(file), DEADLINE)
+        workers = [begin('worker', address, '--nthreads', '1', '--no-nanny', **settings) for _ in range(2)]
+        with client(address, timeout=DEADLINE) as waiting: waiting.wait_for_workers(2, timeout=DEADLINE)
+        return address, scheduler, workers
+    yield ready
     for process in started: process.kill()
 
 
-def address_in(scheduler_file: Path) -> str | None:
+def address_in(file: Path) -> str | None:
     "The scheduler's address, once it has been written to the end."
-    try: return json.loads(scheduler_file.read_text())['address']
+    try: return json.loads(file.read_text())['address']
     except (FileNotFoundError, ValueError): return None
 
 
-def test_dask_cluster_and_a_lost_worker(start_cluster, undisturbed):
-    "One worker is killed in mid-sweep: another one does its runs."
-    cluster = start_cluster(failures=5)
-    cluster.workers[0].kill()
-    assert len(runs_in(cluster.store)) < len(CONFIGS), 'the kill met no sweep in mid-run'
-    out, err = cluster.driver.communicate(timeout=120)
-    assert cluster.driver.returncode == 0 and out.strip() == 'done', err
-    pd.testing.assert_frame_equal(numbers(sweep.load_results(cluster.store)), undisturbed, check_exact=True)
+def test_dask_with_a_lost_worker(cluster, start, tmp_path, undisturbed):
+    "One worker is killed in mid-sweep: another one makes its runs."
+    address, _, workers = cluster(sweep.SETTINGS, failures=5)
+    store = tmp_path / 'store'
+    driver = start(store, address)
+    wait_for(lambda: runs_in(store), DEADLINE)
+    workers[0].kill()
+    out, said = driver.communicate(timeout=DEADLINE)
+    assert driver.returncode == 0 and out.strip() == 'done', said
+    assert_same(sweep.load_results(store), undisturbed)
 
 
-def test_a_run_that_dask_gives_up_is_an_error_and_the_others_finish(start_cluster, undisturbed):
-    cluster = start_cluster(failures=0)  # whatever a killed worker was doing is given up at once
-    cluster.workers[1].kill()
-    out, err = cluster.driver.communicate(timeout=120)
-    assert cluster.driver.returncode == 0 and out.strip() == 'done', err
-    failed = re.findall(r'failed: (\S+): .*KilledWorker', err)
-    assert failed and len(runs_in(cluster.store)) == len(CONFIGS) - len(failed)
-    for key in failed: assert 'KilledWorker' in (cluster.store / f'{key}.error.txt').read_text()
-    resumed = sweep.run_sweep(CONFIGS, cluster.store, n_jobs=1, progress=False)
-    pd.testing.assert_frame_equal(numbers(resumed), undisturbed, check_exact=True)
+@pytest.mark.slow
+def test_dask_gives_up_a_run_that_kills_workers(cluster, tmp_path):
+    address, _, _ = cluster(sweep.SETTINGS, failures=0)
+    record = lambda config: config == CONFIGS[1] and {'every': kill_this_process}
+    results = run(CONFIGS[:2], tmp_path, cluster=address, record=record)
+    assert list(results.runs['key']) == [CONFIGS[0].key]
+    assert 'KilledWorker' in (tmp_path / f'{CONFIGS[1].key}.error.txt').read_text()
 
 
-def test_a_lost_dask_scheduler_is_a_clear_end(start_cluster):
-    cluster = start_cluster(failures=0)
-    cluster.scheduler.kill()
-    _, err = cluster.driver.communicate(timeout=120)
-    assert cluster.driver.returncode != 0 and 'SweepError: the Dask scheduler is gone' in err
-    for path in runs_in(cluster.store): sweep.read_run(path)
+@pytest.mark.slow
+def test_dask_with_a_lost_scheduler(cluster, start, tmp_path):
+    address, scheduler, _ = cluster(sweep.SETTINGS, failures=0)
+    store = tmp_path / 'store'
+    driver = start(store, address, 'and the endless one')
+    wait_for(lambda: runs_in(store), DEADLINE)
+    scheduler.kill()
+    _, said = driver.communicate(timeout=DEADLINE)
+    assert driver.returncode != 0 and 'SweepError: the Dask scheduler is gone' in said
+    assert runs_in(store)
+
+
+@pytest.mark.slow
+def test_dask_with_native_workers(cluster, tmp_path):
+    address, _, _ = cluster({}, failures=0)
+    with pytest.raises(sweep.SweepError, match='start it with ATEN_CPU_CAPABILITY=avx2'):
+        run(CONFIGS[:1], tmp_path, cluster=address)
 
 
 def test_no_scheduler_at_that_address(tmp_path):
-    pytest.importorskip('distributed', reason='the extra cluster')
+    pytest.importorskip('distributed', reason='needs the extra cluster')
     with pytest.raises(sweep.SweepError, match='no Dask scheduler answers'):
-        sweep.run_sweep(CONFIGS[:1], tmp_path, cluster='tcp://127.0.0.1:1', progress=False)
+        run(CONFIGS[:1], tmp_path, cluster='tcp://127.0.0.1:1')
 
 
-def test_grid_refuses_an_unknown_axis():
-    with pytest.raises(ValueError, match=r"axis='activaton'.*did you mean 'activation'"): sweep.grid(activaton='relu')
+@pytest.mark.slow
+def test_a_compiled_run(tmp_path):
+    assert run([BROKEN], tmp_path).runs['status'].item() == 'finished'

@@ -1,3 +1,3 @@
 from wib_nbdev.cli import main
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": raise SystemExit(main())

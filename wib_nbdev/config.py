@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Dataset', 'Activation', 'Scheme', 'Optimizer', 'Device', 'Valid', 'Network', 'Status', 'SHIFTED', 'RESULTS_VERSION',
-           'NUMBERS', 'one_of', 'check_number', 'check_shifted', 'TrainConfig']
+           'one_of', 'check_number', 'check_shifted', 'TrainConfig']
 
 # %% ../nbs/lib/config.ipynb #c717ef91
 import difflib
@@ -28,7 +28,7 @@ def one_of(
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise ValueError(f"{argument}={value!r}: must be one of {', '.join(options)}{hint}")
 
-# %% ../nbs/lib/config.ipynb #9ac5a7ca
+# %% ../nbs/lib/config.ipynb #3ba356e7
 _WORDS = {'low': 'of at least', 'high': 'of at most', 'above': 'above', 'below': 'below'}
 
 def check_number(
@@ -43,7 +43,8 @@ def check_number(
     words = ' and '.join(f'{_WORDS[name]} {bound}' for name, bound in bounds.items())
     right = f"must be {'an integer' if integer else 'a finite number'} {words}".strip()
     kind: Any = Integral if integer else Real
-    if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f'{argument}={value!r}: {right}')
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f'{argument}={value!r}: {right}')
     inside = (bounds.get('low', -math.inf) <= value <= bounds.get('high', math.inf)
               and bounds.get('above', -math.inf) < value < bounds.get('below', math.inf))
     if not inside: raise ValueError(f'{argument}={value!r}: {right}')
@@ -73,18 +74,18 @@ def check_shifted(
     right = f"{', '.join(SHIFTED)}, or 'relu' with compensate_bias=True"
     raise ValueError(f'shift={shift} with activation={activation!r}: must come with {right}')
 
-# %% ../nbs/lib/config.ipynb #8231940c
+# %% ../nbs/lib/config.ipynb #7ccad574
 RESULTS_VERSION = 2  # raised when a change of the code changes the numbers that a configuration gives
-NUMBERS = RESULTS_VERSION
 
-_CHOICES = dict(dataset=Dataset, activation=Activation, init=Scheme, optimizer=Optimizer, valid=Valid, device=Device,
-                network=Network)
+_CHOICES = dict(dataset=Dataset, activation=Activation, init=Scheme, optimizer=Optimizer, valid=Valid,
+                device=Device, network=Network)
 _COUNT: dict[str, Any] = dict(low=1, integer=True)
 _NUMBERS: dict[str, dict[str, Any]] = dict(
-    gain=dict(above=0), shift={}, epochs=_COUNT, batch_size=_COUNT, lr=dict(above=0), momentum=dict(low=0, below=1),
-    weight_decay=dict(low=0), seed=dict(low=0, high=2**62, integer=True), depth=_COUNT, width=_COUNT, n_train=_COUNT)
+    gain=dict(above=0), shift={}, epochs=_COUNT, batch_size=_COUNT, lr=dict(above=0),
+    momentum=dict(low=0, below=1), weight_decay=dict(low=0), seed=dict(low=0, high=2**62, integer=True),
+    depth=_COUNT, width=_COUNT, n_train=_COUNT)
 
-# %% ../nbs/lib/config.ipynb #ca9683b4
+# %% ../nbs/lib/config.ipynb #17b7c069
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: frozen, hashable, and checked when made.
@@ -92,7 +93,8 @@ class TrainConfig:
     Raises
     ------
     ValueError
-        A name that is unknown (the nearest one is named), a number out of its bounds, or two fields that contradict each other.
+        A name that is unknown (the nearest one is named), a number out of its bounds, or two fields that
+        contradict each other.
     TypeError
         A value of the wrong type.
 
@@ -108,7 +110,7 @@ class TrainConfig:
     init: Scheme = 'kaiming_normal' # how the weights are drawn
     gain: float | None = None # a gain in place of the scheme's own
     shift: float | None = None # a constant in place of WIB-ReLU's own (or of the compensated bias's)
-    compensate_bias: bool = False # the control: a ReLU network whose biases start where WIB-ReLU would put them
+    compensate_bias: bool = False # the control: ReLU, whose biases start where WIB-ReLU would put them
     epochs: int = 20 # passes over the training images
     batch_size: int = 256 # images in a step
     lr: float = 0.004 # learning rate (the paper prints 0.4, which does not train)
@@ -125,7 +127,7 @@ class TrainConfig:
     depth: int | None = None # hidden layers, of the networks that can be deep
     width: int | None = None # units or channels of a hidden layer; the network's own if None
     n_train: int | None = None # train on this many images only; all if None
-    calibrate: bool = False # before training, set each shift to the mean that a batch of training images shows
+    calibrate: bool = False # before training, set each shift to the mean that a batch shows
     batch_norm: bool = False # batch norm before each activation
 
     def __post_init__(self) -> None:
@@ -133,22 +135,23 @@ class TrainConfig:
         for name, bounds in _NUMBERS.items():
             value = getattr(self, name)
             if value is None and getattr(TrainConfig, name) is None: continue
-            kind = int if bounds.get('integer') else float  # 1, 1.0 and NumPy's 1 are one number, so they must be one key
+            kind = int if bounds.get('integer') else float  # 1, 1.0 and NumPy's 1 must give one key
             object.__setattr__(self, name, kind(check_number(value, name, **bounds)))
         for name in ('compensate_bias', 'sample', 'amp', 'compile', 'calibrate', 'batch_norm'):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f'{name}={getattr(self, name)!r}: must be True or False')
         if self.compensate_bias and self.activation != 'relu':
-            raise ValueError(f"compensate_bias=True with activation={self.activation!r}: the control is a network of "
-                             "plain 'relu'")
+            raise ValueError(f'compensate_bias=True with activation={self.activation!r}: '
+                             "the control is a network of plain 'relu'")
         if self.shift is not None and not self.compensate_bias: check_shifted(self.activation, self.shift)
         if self.calibrate and self.activation not in SHIFTED:
-            raise ValueError(f"calibrate=True with activation={self.activation!r}: must come with {', '.join(SHIFTED)}")
+            raise ValueError(f'calibrate=True with activation={self.activation!r}: must come with '
+                             f"{', '.join(SHIFTED)}")
         if self.network != 'plain_cnn' and self.depth is None:
             raise ValueError(f'network={self.network!r}: needs a depth, the number of its hidden layers')
         if self.network == 'plain_cnn' and (self.depth or self.width or self.batch_norm):
-            raise ValueError("network='plain_cnn': its depth and width are the paper's, without batch norm; take 'mlp', "
-                             "'deep_cnn' or 'rnn'")
+            raise ValueError("network='plain_cnn': its depth and width are the paper's, without batch norm; "
+                             "take 'mlp', 'deep_cnn' or 'rnn'")
 
     @property
     def key(self) -> str:
@@ -156,4 +159,5 @@ class TrainConfig:
         changed = {each.name: getattr(self, each.name) for each in fields(self)
                    if getattr(self, each.name) != each.default}
         text = json.dumps({**changed, 'numbers': RESULTS_VERSION}, sort_keys=True)
-        return f'{self.dataset}-{self.activation}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}'
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return f'{self.dataset}-{self.activation}-s{self.seed}-{digest[:10]}'

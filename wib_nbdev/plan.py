@@ -7,8 +7,8 @@ __all__ = ['RIVALS', 'PAPER_ARMS', 'ARMS', 'SETTINGS', 'RATES', 'EDGES', 'MAIN',
            'with_arms', 'thinned', 'recorded_plan', 'record_of', 'quick_plan', 'rate_grid', 'full_plan', 'best_rates',
            'edge_plan', 'best_rate_plan', 'run_plan']
 
-# %% ../nbs/lib/plan.ipynb #e69f2438
-from collections.abc import Collection, Iterable
+# %% ../nbs/lib/plan.ipynb #6dd6b753
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import pandas as pd
 from .activations import CENTRED_GAIN
 from .config import TrainConfig, one_of
 from .recorder import NEAR_ZERO
-from .style import ARM_STYLE
 from .sweep import Results, grid, run_sweep
 
 # %% ../nbs/lib/plan.ipynb #d89d05d1

@@ -129,7 +129,8 @@ def sign_flip_p(
     x = np.asarray(differences, dtype=float)
     if not len(x): return math.nan
     if len(x) == 1 or not x.any(): return 1.0
-    mean_difference = lambda a, b, axis=-1: np.mean(a - b, axis=axis)
+    # Rounded, so that equal means are equal.
+    mean_difference = lambda a, b, axis=-1: np.round(np.mean(a - b, axis=axis), 12)
     test = stats.permutation_test((x, np.zeros_like(x)), mean_difference, permutation_type='samples',
                                   vectorized=True, n_resamples=2**14, rng=0)
     return float(test.pvalue)

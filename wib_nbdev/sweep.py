@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MADE_WITH', 'SETTINGS', 'Record', 'grid', 'SweepError', 'DamagedRun', 'Results', 'configs_of', 'atomic_write',
            'library_commit', 'load_results', 'committed_results', 'run_sweep', 'write_results', 'restore_runs',
-           'estimate_seconds']
+           'estimate_seconds', 'verify']
 
-# %% ../nbs/lib/sweep.ipynb #95b8bbc7
+# %% ../nbs/lib/sweep.ipynb #d5557107
 import errno
 import io
 import itertools
@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata, resources
@@ -73,7 +73,7 @@ class Results(NamedTuple):
     correct: pd.DataFrame # key, bits: `numpy.packbits` of which test images the last epoch got right
     steps: pd.DataFrame # key, iteration, loss (nats) of each step of the first epoch
 
-# %% ../nbs/lib/sweep.ipynb #aeaae1aa
+# %% ../nbs/lib/sweep.ipynb #dcb8b704
 MADE_WITH = ('results_version', 'torch', 'numpy', 'machine', 'cpu_capability')  # a store's runs share these
 _COLUMNS = Results(  # what each frame has at least
     runs=['key', 'status', 'seconds', 'weights_first', 'weights_last', *MADE_WITH],
@@ -87,8 +87,10 @@ def configs_of(
     runs:pd.DataFrame, # of `Results`
 ) -> list[TrainConfig]:
     "The configuration of each run."
-    rows = runs[[each.name for each in fields(TrainConfig)]].astype(_OPTIONAL).astype(object)
-    return [TrainConfig(**row) for row in rows.where(rows.notna(), None).to_dict('records')]
+    names = [each.name for each in fields(TrainConfig)]
+    rows: list[dict[str, Any]] = runs[names].to_dict('records')
+    for row in rows: row.update({name: None for name, value in row.items() if pd.isna(value)})
+    return [TrainConfig(**row) for row in rows]
 
 def _to_results(result: RunResult, made: dict[str, Any]) -> Results:
     "What is kept of one run."
@@ -151,7 +153,7 @@ def _only_driver(store: Path) -> Iterator[None]:
     try: yield
     finally: lock.release()
 
-# %% ../nbs/lib/sweep.ipynb #40aeb733
+# %% ../nbs/lib/sweep.ipynb #a50e5c00
 def _write_run(results: Results, path: Path) -> None:
     "One run as one row."
     row = {}
@@ -177,18 +179,10 @@ def _read_run(path: Path) -> Results:
         raise DamagedRun(f'{path} is damaged ({reason}): move it away and run the same sweep') from error
     return results
 
-def _run_files(store: Path) -> list[Path]:
-    "The runs of a store; the folder may hold other files as well."
-    return [path for path in sorted(store.glob('*.parquet')) if re.search(r'-s\d+-[0-9a-f]{10}$', path.stem)]
-
-# %% ../nbs/lib/sweep.ipynb #39d86f20
+# %% ../nbs/lib/sweep.ipynb #fdaa6812
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
 SETTINGS = {}
 if _X86: SETTINGS = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
-
-def _describe_versions() -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ('torch', 'numpy')}
-    return {'results_version': RESULTS_VERSION, **versions, 'machine': platform.machine()}
 
 def library_commit() -> str:
     "The commit that the library was checked out at, with a + if it was edited; '' for an installed one."
@@ -230,11 +224,11 @@ def _run_one(config: TrainConfig, record: bool | dict[str, Any], root: str | Non
                 made_at=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}')
     return _to_results(result, {**made, **result.environment})
 
-# %% ../nbs/lib/sweep.ipynb #6b7bc93c
+# %% ../nbs/lib/sweep.ipynb #89d663b0
 @contextmanager
 def _local_workers(n_jobs: int) -> Iterator[Executor]:
     "Processes on this machine, which stay ready for the next sweep; an error or Ctrl-C ends them at once."
-    pool = get_reusable_executor(n_jobs, timeout=60, initializer=_begin_worker, initargs=(os.getpid(),),
+    pool = get_reusable_executor(n_jobs, timeout=10, initializer=_begin_worker, initargs=(os.getpid(),),
                                  env={**SETTINGS, 'OMP_NUM_THREADS': '1'})
     try: yield pool
     except BaseException:
@@ -257,17 +251,17 @@ def _dask_workers(cluster: Any) -> Iterator[Executor]:
         executor.shutdown(wait=False)  # cancels what is not finished
         if client is not cluster: client.close()
 
-def _wait_for(future: Future) -> Results | str:
-    "A run's result, or the text of the error that ended it."
+def _wait_for(future: Future) -> Results | Exception:
+    "A run's result, or the error that ended it."
     try: return future.result()
     except (SweepError, BrokenProcessPool): raise
     except CancelledError as error:
         raise SweepError('the Dask scheduler is gone: start it, then run the same sweep again') from error
-    except Exception as error: return ''.join(traceback.format_exception(error))
+    except Exception as error: return error
 
 def _run_all(
     todo: dict[TrainConfig, Any], workers: Callable[[], AbstractContextManager[Executor]], root: str | None,
-    keep: Callable[[TrainConfig, Results | str], None],
+    keep: Callable[[TrainConfig, Results | Exception], None],
 ) -> None:
     "Keeps each result or error when its run ends. A pool whose worker died is replaced, twice in a row."
     left, deaths = dict(todo), 0
@@ -286,7 +280,17 @@ def _run_all(
             raise SweepError('a worker died three times with no run ended between (memory?); '
                              f'{len(left)} runs are left: run the same sweep again to go on') from error
 
-# %% ../nbs/lib/sweep.ipynb #98157942
+# %% ../nbs/lib/sweep.ipynb #277fe9a4
+_RUN_NAME = re.compile(r'-s\d+-[0-9a-f]{10}\.parquet$')  # the folder may hold other files as well
+
+def _join(found: Sequence[Results]) -> Results:
+    "The frames of several results in one each, with the columns that were added after their runs were made."
+    frames = [[frame for frame in each if len(frame)] or each[:1] for each in zip(*found, strict=True)]
+    results = Results(*(pd.concat(each, ignore_index=True) for each in frames))
+    columns = {**dict.fromkeys(_COLUMNS.runs), **{each.name: each.default for each in fields(TrainConfig)}}
+    missing = {name: value for name, value in columns.items() if name not in results.runs}
+    return results._replace(runs=results.runs.assign(**missing).astype(_OPTIONAL))
+
 def load_results(
     path:str | Path | None=None,
     keys:Collection[str] | None=None,
@@ -322,23 +326,22 @@ def load_results(
     folder = Path(path or os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results'))
     if (folder / 'runs.csv').exists(): results = _read_merged(folder)
     else:
-        found = [_read_run(file) for file in _run_files(folder) if keys is None or file.stem in keys]
+        files = [file for file in sorted(folder.glob('*.parquet')) if _RUN_NAME.search(file.name)]
+        found = [_read_run(file) for file in files if keys is None or file.stem in keys]
         if not found: raise FileNotFoundError(f'{folder} holds no runs: name another folder, or run a sweep')
-        frames = [[frame for frame in each if len(frame)] or each[:1] for each in zip(*found, strict=True)]
-        results = Results(*(pd.concat(each, ignore_index=True) for each in frames))
+        results = _join(found)
     if keys is not None: results = Results(*(frame[frame['key'].isin(list(keys))] for frame in results))
-    versions = results.runs.reindex(columns=list(MADE_WITH)).drop_duplicates().to_dict('records')
+    versions = results.runs[list(MADE_WITH)].drop_duplicates().to_dict('records')
     if len(versions) > 1:
         raise SweepError(f"{folder} mixes runs of {' and '.join(map(str, versions))}: use a folder for each")
-    fresh = {each.name: each.default for each in fields(TrainConfig) if each.name not in results.runs}
-    return results._replace(runs=results.runs.assign(**fresh).astype(_OPTIONAL))
+    return results
 
 def committed_results() -> Results | None:
     "The committed full reproduction, or what WIB_RESULTS names; None where there is none."
     try: return load_results()
     except FileNotFoundError: return None
 
-# %% ../nbs/lib/sweep.ipynb #7922e589
+# %% ../nbs/lib/sweep.ipynb #b5db7ceb
 def _read_merged(folder: Path) -> Results:
     "Merged results; `DamagedRun` if a file cannot be read, or if they do not belong together."
     text = ('torch', 'numpy', 'python', 'commit', 'made_at', 'weights_first', 'weights_last')
@@ -346,7 +349,8 @@ def _read_merged(folder: Path) -> Results:
     frames = {}
     try:
         with open(folder / 'runs.csv', 'rb') as file:
-            frames['runs'] = csv.read_csv(file, convert_options=options).to_pandas()  # floats as written
+            runs = csv.read_csv(file, convert_options=options).to_pandas()  # floats as written
+        frames['runs'] = runs.rename(columns={'numbers': 'results_version'})  # as the first results had it
         for name, columns in list(_COLUMNS._asdict().items())[1:]:
             path = folder / f'{name}.parquet'
             frames[name] = pd.DataFrame(columns=columns)
@@ -355,9 +359,9 @@ def _read_merged(folder: Path) -> Results:
             raise ValueError('runs.csv and epochs.parquet name different runs')
     except (OSError, ValueError, KeyError) as error:
         raise DamagedRun(f'the results in {folder} are damaged ({error}): get or merge them again') from error
-    return Results(**frames)
+    return _join([Results(**frames)])
 
-# %% ../nbs/lib/sweep.ipynb #cbd19fd3
+# %% ../nbs/lib/sweep.ipynb #27058a23
 Record = bool | dict[str, Any] | Callable[[TrainConfig], bool | dict[str, Any]]  # of every run, or a function
 
 def _check_environment(store: Path, made_with: dict[str, Any]) -> None:
@@ -369,37 +373,38 @@ def _check_environment(store: Path, made_with: dict[str, Any]) -> None:
     old, new = (', '.join(f'{name} {each.get(name)}' for name in other) for each in (there, made_with))
     raise SweepError(f'{store} holds runs of {old}, here is {new}: use another folder, or the same versions')
 
-def _store_outcome(config: TrainConfig, outcome: Results | str, store: Path) -> None:
+def _store_outcome(config: TrainConfig, outcome: Results | Exception, store: Path) -> None:
     "Writes a run, and before the first one what it was made with; or an error's text."
     path, error_file = store / 'environment.json', store / f'{config.key}.error.txt'
     with _clear_errors(store):
-        if isinstance(outcome, str):
-            error_file.write_text(outcome)
+        if isinstance(outcome, Exception):
+            error_file.write_text(''.join(traceback.format_exception(outcome)))
             return
-        made_with = outcome.runs.reindex(columns=list(MADE_WITH)).to_dict('records')[0]
+        row = outcome.runs.to_dict('records')[0]
+        made_with = {name: row.get(name) for name in MADE_WITH}
         _check_environment(store, made_with)
         if not path.exists():
             with atomic_write(path) as file: file.write(json.dumps(made_with, indent=1).encode())
         _write_run(outcome, store / f'{config.key}.parquet')
         error_file.unlink(missing_ok=True)
 
-def _find_unfinished(store: Path, wanted: dict[TrainConfig, Any]) -> dict[TrainConfig, Any]:
-    "What the store lacks of `wanted` (configuration: record). A damaged file is set aside, with a warning."
-    todo, unrecorded = {}, 0
+def _read_finished(store: Path, wanted: dict[TrainConfig, Any]) -> dict[TrainConfig, Results]:
+    "What the store holds of `wanted` (configuration: record). A damaged file is set aside, with a warning."
+    finished, unrecorded = {}, 0
     for config, record in wanted.items():
         path = store / f'{config.key}.parquet'
-        try: found = _read_run(path) if path.exists() else None
+        if not path.exists(): continue
+        try: found = _read_run(path)
         except DamagedRun as error:
-            found = None
             path.rename(path.with_suffix('.damaged'))
             warnings.warn(f'{error}; it was set aside as {path.stem}.damaged and runs again', stacklevel=3)
-        if found and not (record and found.layers.empty): continue
-        todo[config] = record
-        unrecorded += found is not None
+            continue
+        if record and found.layers.empty: unrecorded += 1
+        else: finished[config] = found
     if unrecorded: warnings.warn(f'{unrecorded} runs in {store} kept no layers and run again', stacklevel=3)
-    return todo
+    return finished
 
-# %% ../nbs/lib/sweep.ipynb #a071d37e
+# %% ../nbs/lib/sweep.ipynb #99387dd4
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
@@ -416,8 +421,8 @@ class _Progress(tqdm):
         self.done = done
         super().__init__(total=total, initial=done, unit='run', disable=self.log or not show)
 
-    def count(self, config: TrainConfig, outcome: Results | str) -> None:
-        status = 'failed' if isinstance(outcome, str) else outcome.runs['status'].item()
+    def count(self, config: TrainConfig, outcome: Results | Exception) -> None:
+        status = 'failed' if isinstance(outcome, Exception) else outcome.runs['status'].item()
         if isinstance(outcome, Results) and status == 'finished':
             status = f"valid accuracy {outcome.epochs['accuracy'].iloc[-1]:.3f}"
         text = f'{config.dataset} {config.activation} seed {config.seed}: {status}'
@@ -426,7 +431,7 @@ class _Progress(tqdm):
         self.update()
         if self.log: print(f'{self.done} of {self.total}: {text}', file=sys.stderr, flush=True)
 
-# %% ../nbs/lib/sweep.ipynb #7b78d171
+# %% ../nbs/lib/sweep.ipynb #e238cd5b
 def run_sweep(
     configs:Sequence[TrainConfig],
     out:str | Path,
@@ -479,31 +484,35 @@ def run_sweep(
     store, root = Path(out), None if root is None else str(Path(root).absolute())
     if (store / 'runs.csv').exists(): raise SweepError(f'{store} holds merged results: use another folder')
     wanted = {config: record(config) if callable(record) else record for config in configs}
-    failed: dict[str, str] = {}
+    failed: dict[str, Exception] = {}
     with _only_driver(store):
-        _check_environment(store, _describe_versions())
-        todo = _find_unfinished(store, wanted)
+        versions: dict[str, Any] = {name: metadata.version(name) for name in ('torch', 'numpy')}
+        versions.update(results_version=RESULTS_VERSION, machine=platform.machine())
+        _check_environment(store, versions)
+        finished = _read_finished(store, wanted)
+        todo = {config: record for config, record in wanted.items() if config not in finished}
         workers = partial(_dask_workers, cluster)
         if cluster is None: workers = partial(_local_workers, min(effective_n_jobs(n_jobs), len(todo)))
         try:
-            with _sigterm_as_ctrl_c(), _Progress(len(wanted), len(wanted) - len(todo), progress) as bar:
-                def keep(config: TrainConfig, outcome: Results | str) -> None:
-                    if isinstance(outcome, str): failed[config.key] = outcome.strip().splitlines()[-1]
+            with _sigterm_as_ctrl_c(), _Progress(len(wanted), len(finished), progress) as bar:
+                def keep(config: TrainConfig, outcome: Results | Exception) -> None:
                     _store_outcome(config, outcome, store)
+                    if isinstance(outcome, Exception): failed[config.key] = outcome
+                    else: finished[config] = outcome
                     bar.count(config, outcome)
                 _run_all(todo, workers, root, keep)
         except KeyboardInterrupt:
-            done = sum((store / f'{config.key}.parquet').exists() for config in wanted)
-            print(f'interrupted: {done} of {len(wanted)} runs are in {store}; '
+            print(f'interrupted: {len(finished)} of {len(wanted)} runs are in {store}; '
                   'run the same sweep again to go on', file=sys.stderr)
             raise
         finally:  # below the bar, which is closed by now
             for key, error in failed.items():
-                print(f'failed: {key}: {error} (see {key}.error.txt)', file=sys.stderr)
-    if failed and len(failed) == len(wanted): raise SweepError(f'no run worked: see {store}/*.error.txt')
-    return load_results(store, [config.key for config in wanted if config.key not in failed])
+                line = f'{type(error).__name__}: {error}'.splitlines()[0]
+                print(f'failed: {key}: {line} (see {key}.error.txt)', file=sys.stderr)
+    if not finished: raise SweepError(f'no run worked: see {store}/*.error.txt')
+    return _join([finished[config] for config in sorted(finished, key=lambda config: config.key)])
 
-# %% ../nbs/lib/sweep.ipynb #b7687b43
+# %% ../nbs/lib/sweep.ipynb #24a8f47d
 def write_results(
     results:Results, # of `load_results`
     folder:str | Path, # where to write runs.csv, and a Parquet file for each other frame that has rows
@@ -518,8 +527,9 @@ def write_results(
             if name in ('layers', 'steps'):  # float32 is half the size
                 frame = frame.astype(dict.fromkeys(frame.select_dtypes('float64'), 'float32'))
             by = [column for column in ('key', 'iteration', 'epoch', 'split') if column in frame]
-            frame = frame.sort_values(by, kind='stable')
-            with atomic_write(path) as file: frame.to_parquet(file, index=False, compression='zstd')
+            table = pa.Table.from_pandas(frame.sort_values(by, kind='stable'), preserve_index=False)
+            with atomic_write(path) as file:  # without pandas' metadata, which tell how the frame came about
+                pq.write_table(table.replace_schema_metadata(), file, compression='zstd')
     with atomic_write(folder / 'runs.csv') as file:  # last: it names the others
         results.runs.sort_values('key').to_csv(file, index=False)
 
@@ -560,3 +570,67 @@ def estimate_seconds(
         seconds = per_epoch[probe]['train'] * n_train / 1000 + per_epoch[probe]['valid'] * n_test / 500
         total += seconds * config.epochs
     return total / min(effective_n_jobs(n_jobs), len(configs))
+
+# %% ../nbs/lib/sweep.ipynb #4472ec3c
+def verify(
+    results:Results,
+    n_runs:int=3,
+    root:str | Path | None=None,
+    whole:bool=False,
+    *,
+    n_jobs:int=-1,
+    seed:int | None=None,
+) -> pd.DataFrame:
+    """Runs some of the runs again and compares every bit of their weights.
+
+    Parameters
+    ----------
+    results : Results
+        Of `load_results`, with digests and steps.
+    n_runs : int
+        How many runs, chosen at random.
+    root : path, optional
+        The folder of the full data.
+    whole : bool
+        All epochs; the first one only if False.
+    n_jobs : int
+        Worker processes; -1 for one a core.
+    seed : int, optional
+        Of the choice.
+
+    Returns
+    -------
+    DataFrame
+        A row a run: key; first (and last, if whole): whether the weights after that epoch are the same bits;
+        differs_at: the first step whose loss is another; other: what was made with other versions than here.
+
+    Raises
+    ------
+    SweepError
+        The results keep no digests.
+
+    Example
+    -------
+    >>> verify(load_results(), n_runs=1)  # doctest: +SKIP
+    """
+    runs = results.runs[results.runs['weights_first'].fillna('') != '']
+    if runs.empty: raise SweepError('these results keep no digests of weights to compare with')
+    runs = runs.sample(min(n_runs, len(runs)), random_state=seed)
+    configs = configs_of(runs.assign(device=runs['ran_on']))
+    if not whole: configs = [replace(config, epochs=1) for config in configs]
+    data = None if root is None else str(Path(root).absolute())
+    with _local_workers(min(effective_n_jobs(n_jobs), len(runs))) as executor:
+        again = [executor.submit(_run_one, config, False, data) for config in configs]
+        steps = dict(list(results.steps.groupby('key')))
+        pairs = zip(runs.to_dict('records'), again, strict=True)
+        rows = [_compare_bits(run, steps[run['key']], each.result(), whole) for run, each in pairs]
+    return pd.DataFrame(rows)
+
+def _compare_bits(run: dict[str, Any], steps: pd.DataFrame, again: Results, whole: bool) -> dict[str, Any]:
+    now = again.runs.to_dict('records')[0]
+    row = {'key': run['key'], 'first': run['weights_first'] == now['weights_first']}
+    if whole: row['last'] = run['weights_last'] == now['weights_last']
+    bits = [each['loss'].to_numpy('float32').view('uint32') for each in (steps, again.steps)]
+    other = bits[0] != bits[1]
+    versions = [f'{name} {run[name]}, here {now[name]}' for name in MADE_WITH if run[name] != now[name]]
+    return {**row, 'differs_at': other.argmax() if other.any() else None, 'other': '; '.join(versions)}
