@@ -275,7 +275,7 @@ def as_markdown(
     rows = [frame.columns, ['---'] * frame.shape[1], *frame.itertuples(index=False)]
     return '\n'.join(f"| {' | '.join(map(clean, row))} |" for row in rows)
 
-# %% ../nbs/lib/report.ipynb #84902403
+# %% ../nbs/lib/report.ipynb #273be970
 _MARKS = {  # by the worse verdict of the two promises
     'holds': ('[Re]', 'reproduced', 'both hold'),
     'holds in part': ('[Re, in part]', 'reproduced in part', 'at least one holds only in part'),
@@ -334,7 +334,8 @@ def reason(
     why:str, # of `judge`
 ) -> str:
     "Why a verdict is what it is, as a sentence: names as they are read, not as they are typed."
-    text = re.sub(r'recorded with \S+', 'recorded layer by layer', why.replace('`', ''))
+    text = why.replace('`', '').replace(' to inf', ' on').replace('lr=', 'learning rate ')
+    text = re.sub(r'recorded with \S+', 'recorded layer by layer', text)
     text = re.sub(r'runs with \w+=.*', 'runs in this setting', text)
     text = re.sub(r' \[(.+?); (.+)\]$', r'; this is with \1, which suits the paper best (\2)', text)
     text = _NAME.sub(lambda name: _NAMES[name[0]], text)
@@ -346,7 +347,9 @@ def measured(
     "The quantity of a claim, its value in its unit, and the 95 % interval."
     if not math.isfinite(row.value): return ''
     is_change, is_share = row.quantity.startswith('change'), re.search(r'\bshare\b', row.quantity)
-    scale, form = (100, '{:+.1f}') if is_change else (100, '{:.0f}') if is_share else (1, '{:.3g}')
+    is_large = abs(row.value) >= 1000
+    scale, form = (100, '{:+.1f}') if is_change else (100, '{:.0f}') if is_share else (
+        1, '{:,.0f}' if is_large else '{:.3g}')
     unit = '' if scale == 1 else ' points' if is_change and 'accuracy' in row.quantity else ' %'
     value, low, high = (form.format(scale * x) for x in (row.value, row.low, row.high))
     interval = f' ({low} to {high})' if math.isfinite(row.low) else ''
@@ -394,7 +397,7 @@ def terminal_summary(
     return '\n'.join(textwrap.fill(text, 100, initial_indent=f'{name:10}', subsequent_indent=' ' * 10)
                      for name, text in lines.items())
 
-# %% ../nbs/lib/report.ipynb #71646032
+# %% ../nbs/lib/report.ipynb #e6145c8f
 _INK = '#010203' # stands for the page's own colour of text
 _PLAIN: list[Any] = ['default', {  # whatever style the caller has set
     'svg.fonttype': 'path', 'svg.hashsalt': 'wib_nbdev',
@@ -412,15 +415,17 @@ def as_svgs(
     for text in figure.texts: text.set_visible(False)
     axes = [ax for ax in figure.axes if ax.axison or ax.has_data()]
     titles = {ax: ax.get_title('left') or ax.get_title() for ax in axes}
+    columns = {round(ax.bbox.x0): title for ax, title in titles.items() if title}
     svgs = []
     for place, ax in enumerate(sorted(axes, key=lambda ax: 'valid' not in titles[ax])):
         for other in figure.axes: other.set_visible(other is ax)
+        if not titles[ax]: ax.set_title(columns.get(round(ax.bbox.x0), ''))
         ax.tick_params(labelleft=True, labelbottom=True)
         box = Bbox.union([ax.get_tightbbox() or ax.bbox]).padded(4)
         file = io.StringIO()
         inches = box.transformed(figure.dpi_scale_trans.inverted())
         figure.savefig(file, format='svg', bbox_inches=inches, transparent=True, metadata={'Date': None})
-        svgs.append(_clean_svg(file.getvalue(), f'{alt} {titles[ax]}'.strip(), f'{prefix}-{place}'))
+        svgs.append(_clean_svg(file.getvalue(), f"{alt} {ax.get_title('left') or ax.get_title()}".strip(), f'{prefix}-{place}'))
     return svgs
 
 def _clean_svg(svg: str, alt: str, prefix: str) -> Markup:
@@ -429,7 +434,8 @@ def _clean_svg(svg: str, alt: str, prefix: str) -> Markup:
     svg = svg.replace(_INK, 'currentColor').replace('#ffffff', 'var(--panel)')
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', svg)
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r'(\.\d\d)\d+', r'\1', path[0]), svg)
-    return Markup(svg.replace('<svg ', f'<svg role="img" aria-label="{escape(alt)}" ', 1))
+    kind = 'wide' if float(re.findall(r'width="([\d.]+)pt"', svg)[0]) > 500 else 'narrow'
+    return Markup(svg.replace('<svg ', f'<svg class="{kind}" role="img" aria-label="{escape(alt)}" ', 1))
 
 # %% ../nbs/lib/report.ipynb #0aa2853e
 NOTEBOOKS = {'variance': '01_variance', 'initializers': '02_initializers', 'mean_shift': '03_mean_shift',
@@ -481,7 +487,7 @@ def _rates(evidence: Evidence) -> dict[str, Any]:
     if grid.runs.empty: raise MissingRuns('runs at several learning rates, validated on held-out images')
     return dict(results=grid)
 
-# %% ../nbs/lib/report.ipynb #b6796019
+# %% ../nbs/lib/report.ipynb #1e0a8b9d
 class Picture(NamedTuple):
     "A figure: its name, its theme among those of the claims, what it shows, what makes it, and of what."
     name: str
@@ -523,10 +529,11 @@ def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
     "A picture's panels and where it is made, or the runs that it lacks."
     module = picture.make.__module__.removeprefix('wib_nbdev.')
     link = f'{PROJECT}/blob/main/nbs/{NOTEBOOKS[module]}.ipynb'
-    drawn = dict(picture._asdict(), made_by=f'{module}.{picture.make.__name__}', link=link, lacks='', svgs=[])
+    drawn = dict(picture._asdict(), made_by=f'{module}.{picture.make.__name__}', link=link, lacks='', said='', svgs=[])
     try: figure = picture.make(**picture.inputs(evidence))
     except MissingRuns as error: return dict(drawn, lacks=str(error))
-    return dict(drawn, svgs=as_svgs(figure, f'{picture.name}: {picture.shows}', prefix))
+    svgs = as_svgs(figure, f'{picture.name}: {picture.shows}', prefix)
+    return dict(drawn, said=figure.get_suptitle(), svgs=svgs)
 
 # %% ../nbs/lib/report.ipynb #8c2e1e17
 THEME_TITLES = dict(zip(THEMES, (
