@@ -158,10 +158,11 @@ def measure(name: str) -> dict[str, Any]:
     scale = max(tensor.abs().max().item() for tensor in before if tensor.numel())
     error = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True) if a.numel()) / scale
     left = calibrated[calibrated['shift'].isna()]
+    noted = calibrated[calibrated['shift'].notna() & (calibrated['note'] != '')]
     return {'network': name, 'swapped': network.old.__name__, 'places': len(report),
             'not swapped': reasons(report.loc[~report['swapped'], 'note']), 'same function': same,
             'ReLUs left': reasons(left['note']), 'largest mean': (units['mean'].abs() / units['std']).max(),
-            'notes': reasons(calibrated.loc[calibrated['shift'].notna() & (calibrated['note'] != ''), 'note']),
+            'notes': reasons(noted['note']),
             'folded': f"{folded['folded'].sum()} of {len(folded)}",
             'not folded': reasons(folded.loc[~folded['folded'], 'note']), 'error': error}
 

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .activations import WIBReLU, ZeroMean, make_activation
 from .recorder import ACTIVATION_TYPES
 
-# %% ../nbs/lib/surgery.ipynb #4d620ea6
+# %% ../nbs/lib/surgery.ipynb #210647f5
 _NAMES = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.LeakyReLU: 'leaky_relu', nn.PReLU: 'prelu', nn.ELU: 'elu',
           nn.CELU: 'celu', nn.SELU: 'selu', nn.GELU: 'gelu', nn.SiLU: 'silu', nn.Mish: 'mish',
           nn.Softplus: 'softplus', nn.Softsign: 'softsign', nn.Sigmoid: 'sigmoid', nn.Tanh: 'tanh',
@@ -68,8 +68,8 @@ class _Site(NamedTuple):
 
 def _code(tree: ast.Module, fn: Any) -> CodeType | None:
     "The code of a function in the tree of its file."
-    codes = [compile(tree, f'<{fn.__module__}, swapped>', 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)]
-    place = fn.__code__.co_name, fn.__code__.co_firstlineno
+    file, place = f'<swapped: {fn.__code__.co_filename}>', (fn.__code__.co_name, fn.__code__.co_firstlineno)
+    codes = [compile(tree, file, 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)]
     for code in codes:  # the list grows
         if (code.co_name, code.co_firstlineno) == place: return code
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
@@ -141,12 +141,12 @@ def _find_calls(method: str, fn: Any, part: nn.Module, functions: dict[Any, str]
         found.append((call.lineno, path, name, site))
     return sorted(found, key=lambda each: (each[0], -len(each[3].text)))
 
-# %% ../nbs/lib/surgery.ipynb #f19e4464
+# %% ../nbs/lib/surgery.ipynb #f55e8919
 class _Rewriter(ast.NodeTransformer):
     "Puts other calls in the place of some of a method."
     def __init__(self, node: ast.FunctionDef, sites: Iterable[_Site]) -> None:
         calls, self.sites = _calls(node), dict[ast.Call, _Site]()
-        self.me = [*node.args.posonlyargs, *node.args.args][0].arg
+        self.owner = [*node.args.posonlyargs, *node.args.args][0].arg
         scopes = [each for each in ast.walk(node) if isinstance(each, _SCOPES) and each is not node]
         self.inner = {each for scope in scopes for each in ast.walk(scope)}
         for site in sites:
@@ -159,7 +159,7 @@ class _Rewriter(ast.NodeTransformer):
         if node not in self.sites: return node
         site, x = self.sites[node], _argument(node)
         assert x is not None
-        new: Any = ast.Call(ast.parse(f'{self.me}.{site.target}', mode='eval').body, [x], [])
+        new: Any = ast.Call(ast.parse(f'{self.owner}.{site.target}', mode='eval').body, [x], [])
         if site.inplace and isinstance(x, ast.Name) and node not in self.inner:
             new = ast.NamedExpr(ast.Name(x.id, ast.Store()), new)
         return ast.copy_location(new, node)
@@ -412,7 +412,7 @@ class _Kernels(TorchDispatchMode):
         call = self.watch.place('relu', sys._getframe(1))._replace(note='runs in TorchScript')
         return self.watch.activation(call, args[0], run)
 
-# %% ../nbs/lib/surgery.ipynb #1dbf0aaa
+# %% ../nbs/lib/surgery.ipynb #214579ce
 class _Watch(TorchFunctionMode):
     "Watches passes over a batch: which step makes and which reads a tensor, and what activations are called."
     def __init__(self, model: nn.Module) -> None:
@@ -511,17 +511,19 @@ class _Watch(TorchFunctionMode):
     def place(self, kind: str, frame: FrameType | None) -> _Call:
         "Where a function is called: the module in whose code that is, the line, and why it was not swapped."
         source, owner, reason = '', None, 'was not rewritten: see the report of swap_activations'
-        while frame is not None and not (isinstance(owner, nn.Module) and owner in self.names):
-            code, space = frame.f_code, frame.f_globals
-            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if not source and not str(space.get('__name__')).startswith('torch.'):
-                line = linecache.getline(space.get('__file__', code.co_filename), frame.f_lineno).strip()
-                source = f"{space.get('__name__')}, line {frame.f_lineno}: {line}"
-                if not isinstance(owner, nn.Module): reason = 'is called outside of a module'
-            if isinstance(owner, ACTIVATION_TYPES): reason = _NO_CHILD
+        while frame is not None and frame.f_code is not _run.__code__ and not (source and owner):
+            code, space = frame.f_code, str(frame.f_globals.get('__name__'))
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if not source and not space.startswith('torch.'):
+                file = code.co_filename.removeprefix('<swapped: ').removesuffix('>')
+                source = f'{space}, line {frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}'
+                if not owner and not isinstance(first, nn.Module): reason = 'is called outside of a module'
+            if not owner and isinstance(first, nn.Module):
+                if isinstance(first, ACTIVATION_TYPES): reason = _NO_CHILD
+                if first in self.names: owner = first
             frame = frame.f_back
-        name = self.names.get(owner, '') if isinstance(owner, nn.Module) else ''
-        return _Call(name, kind, None, _FUSED if kind.startswith('rnn_') else reason, source)
+        note = _FUSED if kind.startswith('rnn_') else reason
+        return _Call(self.names.get(owner, ''), kind, None, note, source)
 
     def owner(self, step: _Step, tensor: Tensor | None) -> nn.Module:
         "The module that alone has a parameter, which this step alone reads; else `ValueError`."
