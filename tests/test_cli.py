@@ -189,15 +189,9 @@ def test_diagnose_centres_each_unit(model, run, tmp_path, monkeypatch):
     code, out, err = run('diagnose', '--model', model, '--images', 32, '--json')
     assert code == 0, err
     units = [row for row in json.loads(out) if row['type'] in ('ReLU', 'WIBReLU')]
-<<<<<<< HEAD
     before, after = ([abs(row['mean']) for row in units if row['when'] == when]
                      for when in ('before', 'after'))
     assert len(before) == len(after) and min(before) > 100 * max(after)
-=======
-    means = [(row['when'], row['mean'] / row['std']) for row in units]
-    assert all(mean > 0.3 if when == 'before' else abs(mean) < 1e-2 for when, mean in means)
-    assert len({row['when'] for row in units}) == 2
->>>>>>> surgery
 
 
 def test_diagnose_says_what_is_wrong_with_a_network(run):
