@@ -324,8 +324,8 @@ def train(
 
     Source: paper, Section 4.
 
-    Example
-    -------
+    Examples
+    --------
     >>> train(TrainConfig(activation='wib_relu', sample=True, epochs=1), progress=False).status
     'finished'
     """
