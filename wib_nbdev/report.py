@@ -397,10 +397,10 @@ def terminal_summary(
     return '\n'.join(textwrap.fill(text, 100, initial_indent=f'{name:10}', subsequent_indent=' ' * 10)
                      for name, text in lines.items())
 
-# %% ../nbs/lib/report.ipynb #e6145c8f
+# %% ../nbs/lib/report.ipynb #bcd9db28
 _INK = '#010203' # stands for the page's own colour of text
 _PLAIN: list[Any] = ['default', {  # whatever style the caller has set
-    'svg.fonttype': 'path', 'svg.hashsalt': 'wib_nbdev',
+    'svg.fonttype': 'none', 'svg.hashsalt': 'wib_nbdev', 'path.simplify_threshold': 1.0,
     **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), _INK)}]
 _HEAD = re.compile(r'<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>', re.S)
 
@@ -429,11 +429,11 @@ def as_svgs(
     return svgs
 
 def _clean_svg(svg: str, alt: str, prefix: str) -> Markup:
-    "Labelled, in the page's colours, with ids of its own and coordinates of two decimals."
+    "Labelled, in the page's colours, with ids of its own and coordinates to a tenth of a point."
     svg = _HEAD.sub('', svg[svg.index('<svg'):])
     svg = svg.replace(_INK, 'currentColor').replace('#ffffff', 'var(--panel)')
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r'(\.\d\d)\d+', r'\1', path[0]), svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r'(\.\d)\d+', r'\1', path[0]), svg)
     kind = 'wide' if float(re.findall(r'width="([\d.]+)pt"', svg)[0]) > 500 else 'narrow'
     return Markup(svg.replace('<svg ', f'<svg class="{kind}" role="img" aria-label="{escape(alt)}" ', 1))
 
@@ -535,7 +535,7 @@ def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
     svgs = as_svgs(figure, f'{picture.name}: {picture.shows}', prefix)
     return dict(drawn, said=figure.get_suptitle(), svgs=svgs)
 
-# %% ../nbs/lib/report.ipynb #8c2e1e17
+# %% ../nbs/lib/report.ipynb #b6595dff
 THEME_TITLES = dict(zip(THEMES, (
     'The promises', 'How signals spread through layers', 'Which initial weights are best',
     'Inside the network while it trains', 'How smoothly and how fast it trains',
@@ -544,22 +544,18 @@ _TEMPLATES = Environment(loader=PackageLoader('wib_nbdev'), autoescape=True, und
                          trim_blocks=True, lstrip_blocks=True)
 
 def _pair(own: Any, there: Any, sample: bool) -> tuple[Any, Any]:
-    """The verdict that counts and the one that stands beside it, rows of `judge`. Of the sample, the full
-    reproduction's counts; `there` is None where that has not judged the claim."""
-    if not sample: return own, own if there is None else there
-    if there is not None:
-        return own._replace(**{name: getattr(there, name, '') for name in
-                               ('verdict', 'why', 'value', 'low', 'high', 'worlds')}), own
-    if own.needs not in ('runs', 'layers'): return own, own
-    waiting = 'the committed full reproduction has not judged this yet'
-    return own._replace(verdict=VERDICTS[-1], why=waiting, value=math.nan, worlds=''), own
+    """The verdict that counts and the one beside it, rows of `judge`. Where these runs are of the sample, the
+    full reproduction's counts."""
+    if not sample: return own, there
+    names = ('verdict', 'why', 'value', 'low', 'high', 'worlds')
+    return own._replace(**{name: getattr(there, name) for name in names}), own
 
 def _claims(judged: pd.DataFrame, full: pd.DataFrame, sample: bool) -> list[dict[str, Any]]:
     "Each claim as the template takes it."
     known = {row.id: row for row in full.itertuples()}
     rows = []
     for own in judged.itertuples():
-        best, other = _pair(own, known.get(own.id), sample)
+        best, other = _pair(own, known.get(own.id, own), sample)
         differs = best.verdict != other.verdict
         rows.append(dict(best._asdict(), why=reason(best.why), measured=measured(best),
                          other=other.verdict if differs else '', other_why=reason(other.why)))
@@ -579,9 +575,11 @@ def _difference_table(evidence: Evidence) -> pd.DataFrame:
     "As text. No p values where so few pairs cannot reach 0.05, whatever they show."
     try: frame = _differences(evidence)
     except MissingRuns: return pd.DataFrame()
-    rows = [{'against': label(row.rival), 'verdict': row.verdict, 'data set': DATASET_LABELS[row.dataset],
+    states = [state_of(row.effect_low, row.effect_high, row.n, row.metric) for row in frame.itertuples()]
+    rows = [{'against': label(row.rival), 'WIB-ReLU is': state, 'data set': DATASET_LABELS[row.dataset],
              'metric': row.metric, 'change (95 % interval)': effect_in_words(row), 'pairs': row.n,
-             'p, corrected by Holm': f'{row.p_holm:.3f}'} for row in frame.itertuples()]
+             'p, corrected by Holm': f'{row.p_holm:.3f}'}
+            for row, state in zip(frame.itertuples(), states, strict=True)]
     return pd.DataFrame(rows).iloc[:, :None if frame['n'].min() >= MIN_PAIRS else -1]
 
 def _made_with(runs: pd.DataFrame) -> pd.DataFrame:
@@ -605,12 +603,11 @@ def _trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]
               'definition of “nearly zero”.')
     return [ran, pairs, *[worlds] * bool(counts), *[WORTH] * bool(evidence.setting.get('sample'))]
 
-# %% ../nbs/lib/report.ipynb #5726f980
-def _judged(results: Results, setting: dict[str, Any], committed: bool) -> pd.DataFrame:
-    "The verdicts on these runs. Those that were committed with them know their layers, too."
-    known = committed_verdicts()
-    whole = set(JUDGED) <= set(known) and len(known)
-    if committed and whole and setting == main_setting(results): return known.fillna({'worlds': ''})
+# %% ../nbs/lib/report.ipynb #545911f1
+def _judged(results: Results, setting: Mapping[str, Any], committed: bool = False) -> pd.DataFrame:
+    "The verdicts on these runs; those that were committed with them, if they are whole."
+    known = committed_verdicts().fillna({'worlds': ''})
+    if committed and len(known) and set(JUDGED) <= set(known): return known
     return judge(results, None if setting == MAIN else setting)
 
 def _page(
@@ -618,7 +615,8 @@ def _page(
 ) -> dict[str, Any]:
     "What the template is filled with. Of runs on the sample, the first screen shows the full reproduction."
     evidence, sample = Evidence(results, setting), bool(setting.get('sample'))
-    claims = _claims(judged, judged[:0] if full is None else committed_verdicts(), sample)
+    known = judged if full is None else _judged(full, main_setting(full), committed=True)
+    claims = _claims(judged, known, sample)
     best, own = evidence, against_relu(results, setting)
     table = own
     if sample and full is not None: best, table = Evidence(full, main_setting(full)), against_relu(full)
@@ -645,7 +643,8 @@ def render(
     "The report as one HTML page. The same arguments give the same page."
     chosen = main_setting(results) if setting is None else dict(setting)
     full = full_reproduction(results)
-    judged = _judged(results, chosen, full is None) if verdicts is None else verdicts
+    committed = full is None and setting is None
+    judged = _judged(results, chosen, committed) if verdicts is None else verdicts
     with style.context(_PLAIN): page = _page(results, chosen, judged, full)
     links = dict(paper=PAPER, project=PROJECT, site=SITE)
     return _TEMPLATES.get_template('report.html').render(
