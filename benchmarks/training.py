@@ -1,14 +1,15 @@
-"""One epoch of Fashion-MNIST with activation statistics at every iteration: this package beside fastai, Lightning and a plain loop.
+"""One epoch of Fashion-MNIST with statistics at every iteration, beside fastai, Lightning and a plain loop.
 
     python benchmarks/training.py --root data --rounds 3 --out training.json
 
-Every rival trains the same plain CNN (channels_last) with Adam in batches of 256 and validates, as its users write it. The clock runs
-from the tensors or data sets in memory and all imports done to the end of validation, for every rival alike. The floor is forward,
-backward and step on one fixed batch, as many times as an epoch has batches. Rivals whose package is missing are named.
+Every rival trains the same plain CNN (channels_last) with Adam in batches of 256 and validates, as its users
+write it. The clock runs from the tensors or data sets in memory and all imports done to the end of
+validation, for every rival alike. The floor is forward, backward and step on one fixed batch, as many times
+as an epoch has batches. Rivals whose package is missing are named.
 
-First whole epochs, 60,000 images and 10,000 for validation, each rival in a process of its own: seconds and peak memory. Machines that
-are shared change their pace by the second, so then small epochs of 20 batches (and 3) in turns in one process: the ratio to the floor of
-the same turn, its median and quartiles.
+First whole epochs, 60,000 images and 10,000 for validation, each rival in a process of its own: seconds and
+peak memory. Machines that are shared change their pace by the second, so then small epochs of 20 batches
+(and 3) in turns in one process: the ratio to the floor of the same turn, its median and quartiles.
 """
 import importlib.util
 import json
@@ -69,7 +70,8 @@ def tensors(data: Data) -> tuple[torch.Tensor, ...]:
     "Standardised float32 training and validation images and their labels, in memory."
     images = data.images()
     mean, std = channel_stats(images.x_train)
-    return standardise(images.x_train, mean, std), images.y_train, standardise(images.x_test, mean, std), images.y_test
+    x_train, x_test = (standardise(x, mean, std) for x in (images.x_train, images.x_test))
+    return x_train, images.y_train, x_test, images.y_test
 
 
 def network() -> nn.Sequential:
@@ -81,7 +83,8 @@ def naive_hooks(model: nn.Module, rows: list[tuple[float, ...]]) -> None:
     "Statistics as one first writes them: several passes, and a number read for each."
     def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
         if module.training:
-            rows.append((out.mean().item(), out.std().item(), (out.abs() < 0.5).float().mean().item(), (out <= 0.05).float().mean().item()))
+            rows.append((out.mean().item(), out.std().item(),
+                         (out.abs() < 0.5).float().mean().item(), (out <= 0.05).float().mean().item()))
     for module in model.modules():
         if isinstance(module, ACTIVATION_TYPES): module.register_forward_hook(hook)
 
@@ -92,7 +95,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y:
     optimizer.step()
 
 
-Epoch = Callable[[], object]  # what the clock runs over; each rival below imports and loads what it needs, then returns one
+# What the clock runs over; each rival below imports and loads what it needs, then returns one.
+Epoch = Callable[[], object]
 
 
 def floor(data: Data) -> Epoch:
@@ -106,7 +110,8 @@ def floor(data: Data) -> Epoch:
     return epoch
 
 
-AS_FASTAI = dict(layers=['conv1', 'conv2', 'conv3', 'conv4'], near_zero=['near_zero_0.05'])  # what ActivationStats counts, where it is hung
+# What ActivationStats counts, where it is hung.
+AS_FASTAI = dict(layers=['conv1', 'conv2', 'conv3', 'conv4'], near_zero=['near_zero_0.05'])
 
 
 def ours(record: bool | dict[str, Any]) -> Callable[[Data], Epoch]:
@@ -131,7 +136,8 @@ def torchvision_loaders(data: Data) -> tuple[DataLoader, DataLoader]:
     from torchvision import datasets, transforms
     change = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.286,), (0.353,))])
     sets = {part: datasets.FashionMNIST(data.root, train=part, transform=change) for part in (True, False)}
-    few = {part: Subset(images, range(data.n_train if part else data.n_valid)) for part, images in sets.items()}
+    few = {part: Subset(images, range(data.n_train if part else data.n_valid))
+           for part, images in sets.items()}
     return tuple(DataLoader(images, BATCH, shuffle=part) for part, images in few.items())
 
 
@@ -142,7 +148,9 @@ def loop_in_memory(data: Data) -> Epoch:
     x, y, x_valid, y_valid = tensors(data)
     class Batches:
         def __init__(self, x: torch.Tensor, y: torch.Tensor): self.x, self.y = x, y
-        def __iter__(self): return ((self.x[part], self.y[part]) for part in torch.randperm(len(self.x)).split(BATCH))
+        def __iter__(self):
+            order = torch.randperm(len(self.x))
+            return ((self.x[part], self.y[part]) for part in order.split(BATCH))
     return loop(Batches(x, y), Batches(x_valid, y_valid))
 
 
@@ -154,8 +162,10 @@ def fastai_learner(batches: DataLoader, valid: DataLoader) -> Epoch:
     from fastai.metrics import accuracy
     from fastcore.foundation import L
     model = network()
-    stats = ActivationStats(modules=L(module for module in model.modules() if isinstance(module, ACTIVATION_TYPES)))
-    learner = Learner(DataLoaders(batches, valid), model, loss_func=F.cross_entropy, metrics=accuracy, cbs=stats)
+    stats = ActivationStats(modules=L(module for module in model.modules()
+                                      if isinstance(module, ACTIVATION_TYPES)))
+    learner = Learner(DataLoaders(batches, valid), model, loss_func=F.cross_entropy, metrics=accuracy,
+                      cbs=stats)
     def epoch() -> None:
         with learner.no_bar(), learner.no_logging(): learner.fit(1, LR)
     return epoch
@@ -165,7 +175,8 @@ def fastai_tensors(data: Data) -> Epoch:
     from fastai.data.load import DataLoader as FastaiLoader
     x, y, x_valid, y_valid = tensors(data)
     sets = TensorDataset(x, y), TensorDataset(x_valid, y_valid)
-    return fastai_learner(FastaiLoader(sets[0], bs=BATCH, shuffle=True, num_workers=0), FastaiLoader(sets[1], bs=BATCH, num_workers=0))
+    return fastai_learner(FastaiLoader(sets[0], bs=BATCH, shuffle=True, num_workers=0),
+                          FastaiLoader(sets[1], bs=BATCH, num_workers=0))
 
 
 def fastai_hand_made(data: Data) -> Epoch:
@@ -173,7 +184,8 @@ def fastai_hand_made(data: Data) -> Epoch:
     x, y, x_valid, y_valid = tensors(data)
     class Slices:
         def __init__(self, x: torch.Tensor, y: torch.Tensor, shuffle: bool):
-            self.x, self.y, self.shuffle, self.device, self.after_batch = x, y, shuffle, torch.device('cpu'), None
+            self.x, self.y, self.shuffle = x, y, shuffle
+            self.device, self.after_batch = torch.device('cpu'), None
         def __len__(self) -> int: return -(-len(self.x) // BATCH)
         def __iter__(self):
             order = torch.randperm(len(self.x)) if self.shuffle else torch.arange(len(self.x))
@@ -191,11 +203,13 @@ def lightning_torchvision(data: Data) -> Epoch:
             self.model, self.rows = network(), []
             naive_hooks(self.model, self.rows)
         def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
-        def validation_step(self, batch, i): self.log('accuracy', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
+        def validation_step(self, batch, i):
+            self.log('accuracy', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
         def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=LR, fused=True)
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    settings = dict(max_epochs=1, accelerator='cpu', num_sanity_val_steps=0, logger=False,
+                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     loaders, module = torchvision_loaders(data), Module()
-    return lambda: lightning.Trainer(max_epochs=1, accelerator='cpu', num_sanity_val_steps=0, **quiet).fit(module, *loaders)
+    return lambda: lightning.Trainer(**settings).fit(module, *loaders)
 
 
 RIVALS: dict[str, tuple[str, Callable[[Data], Epoch]]] = {
@@ -223,10 +237,11 @@ def seconds_of(epoch: Epoch) -> float:
 
 
 def alone(name: str, options: Options) -> None:
-    "Runs one rival in this process and prints what it took; loading the data is not counted, importing is not either."
+    "Runs one rival in this process and prints what it took; loading the data and importing are not counted."
     get_ready(options.threads)
     seconds = seconds_of(RIVALS[name][1](Data(options.root)))
-    print(json.dumps(dict(seconds=seconds, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(dict(seconds=seconds, peak_mb=peak_mb)))
 
 
 def whole_epochs(names: list[str], options: Options) -> pd.DataFrame:
@@ -235,13 +250,16 @@ def whole_epochs(names: list[str], options: Options) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as elsewhere:
         for turn in range(options.rounds):
             for name in names:
-                words = [sys.executable, __file__, '--root', options.root.absolute(), '--threads', options.threads, '--rival', name]
-                run = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=elsewhere)
+                words = [sys.executable, __file__, '--root', options.root.absolute(),
+                         '--threads', options.threads, '--rival', name]
+                run = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=elsewhere)
                 if run.returncode:
-                    print(f'{name} failed and is left out: {run.stderr.strip().splitlines()[-1]}', file=sys.stderr, flush=True)
+                    error = run.stderr.strip().splitlines()[-1]
+                    print(f'{name} failed and is left out: {error}', file=sys.stderr, flush=True)
                     continue
                 rows.append(dict(rival=name, round=turn, **json.loads(run.stdout.strip().splitlines()[-1])))
-                print(f"round {turn + 1} of {options.rounds}: {name}: {rows[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+                print(f"round {turn + 1} of {options.rounds}: {name}: {rows[-1]['seconds']:.2f} s",
+                      file=sys.stderr, flush=True)
     return pd.DataFrame(rows)
 
 
@@ -250,29 +268,36 @@ def small_epochs(names: list[str], options: Options) -> pd.DataFrame:
     get_ready(options.threads)
     epochs = {name: RIVALS[name][1](Data(options.root, 20 * BATCH, 3 * BATCH)) for name in names}
     for epoch in epochs.values(): epoch()
-    return pd.DataFrame([{name: seconds_of(epoch) for name, epoch in epochs.items()} for _ in trange(options.turns, unit='turn')])
+    return pd.DataFrame([{name: seconds_of(epoch) for name, epoch in epochs.items()}
+                         for _ in trange(options.turns, unit='turn')])
 
 
 def main(options: Options) -> None:
     if options.rival: return alone(options.rival, options)
     names = [name for name, (package, _) in RIVALS.items() if importlib.util.find_spec(package)]
-    names = [name for name in names if not options.only or name == names[0] or any(part in name for part in options.only)]
+    names = [name for name in names
+             if not options.only or name == names[0] or any(part in name for part in options.only)]
     report: dict[str, Any] = dict(torch=torch.__version__, threads=options.threads)
     if options.rounds:
         runs = whole_epochs(names, options)
         columns = dict(seconds=('seconds', 'min'), median=('seconds', 'median'), peak_mb=('peak_mb', 'max'))
         table = runs.groupby('rival', sort=False).agg(**columns)
-        print(f"\nWhole epochs, {options.rounds} rounds, {options.threads} threads\n{table.round(2).to_string()}")
+        print(f'\nWhole epochs, {options.rounds} rounds, {options.threads} threads\n'
+              f'{table.round(2).to_string()}')
         report['whole_epochs'] = runs.to_dict('records')
     if options.turns:
         turns = small_epochs(names, options)
         ratios = turns.div(turns[names[0]], axis=0)
-        table = ratios.quantile([0.5, 0.25, 0.75]).T.set_axis(['times the floor', 'quartile', 'quartile '], axis=1)
-        if (us := 'wib_nbdev, statistics') in names: table['ours faster by'] = turns.div(turns[us], axis=0).median()
-        print(f'\n20 batches in turns, {options.turns} times, {options.threads} threads\n{table.round(2).to_string()}')
+        table = ratios.quantile([0.5, 0.25, 0.75]).T
+        table = table.set_axis(['times the floor', 'quartile', 'quartile '], axis=1)
+        us = 'wib_nbdev, statistics'
+        if us in names: table['ours faster by'] = turns.div(turns[us], axis=0).median()
+        print(f'\n20 batches in turns, {options.turns} times, {options.threads} threads\n'
+              f'{table.round(2).to_string()}')
         report['small_epochs'] = turns.to_dict('records')
     for name, (package, _) in RIVALS.items():
-        if not importlib.util.find_spec(package): print(f'left out: {name}: {package} is not installed (the extra bench)')
+        if not importlib.util.find_spec(package):
+            print(f'left out: {name}: {package} is not installed (the extra bench)')
     if options.out: options.out.write_text(json.dumps(report, indent=2) + '\n')
 
 

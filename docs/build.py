@@ -1,4 +1,4 @@
-"""Builds the site in _docs from the package registry alone: nbdev processes the notebooks, Sphinx and MyST-NB lay them out.
+"""Builds the site in _docs from the package registry alone: nbdev processes, Sphinx and MyST-NB lay out.
 
     python docs/build.py
 """
@@ -31,15 +31,17 @@ def tidy(page: str) -> str:
 def titled(cell: dict) -> dict:
     "The first cell, which nbdev has made into Quarto's front matter, as a title and a subtitle."
     facts = yaml.safe_load(''.join(cell['source']).strip().strip('-'))
-    return dict(cell_type='markdown', id='title', metadata={}, source=f"# {facts['title']}\n\n> {facts.get('description', '')}")
+    text = f"# {facts['title']}\n\n> {facts.get('description', '')}"
+    return dict(cell_type='markdown', id='title', metadata={}, source=text)
 
 
 def mend(cell: dict) -> dict:
-    "A cell without what only Quarto understands: option comments in the code, rules in a function's documentation."
+    "A cell without what only Quarto understands: option comments in the code, rules in documentation."
     text = ''.join(cell['source'])
     cell.pop('has_sd', None)  # nbdev's mark of cells that it documents, unknown to the notebook format
     if cell['cell_type'] != 'code': return {**cell, 'source': text}
-    if re.search(r'^#\|\s*echo:\s*false', text, re.M): cell['metadata'] = {**cell.get('metadata', {}), 'tags': ['remove-input']}
+    if re.search(r'^#\|\s*echo:\s*false', text, re.M):
+        cell['metadata'] = {**cell.get('metadata', {}), 'tags': ['remove-input']}
     for output in cell.get('outputs', []):
         page = output.get('data', {}).get('text/markdown')
         if page: output['data']['text/markdown'] = tidy(''.join(page))
@@ -47,10 +49,11 @@ def mend(cell: dict) -> dict:
 
 
 def put_notebooks() -> list[Path]:
-    "Puts the processed notebooks and the pages of docs/ into one folder; returns the notebooks, relative to it."
+    "Puts the processed notebooks and the pages of docs/ into one folder; returns the former, relative to it."
     shutil.rmtree(SOURCE, ignore_errors=True)
     names = [path.relative_to(ROOT / 'nbs') for path in sorted((ROOT / 'nbs').rglob('*.ipynb'))]
-    names = [name for name in names if name.stem != 'index' and '.ipynb_checkpoints' not in name.parts]  # the README is in front
+    # The index is left out: the README is in front.
+    names = [name for name in names if name.stem != 'index' and '.ipynb_checkpoints' not in name.parts]
     for name in names:
         notebook = json.loads((PROCESSED / name).read_text())
         first, *rest = [cell for cell in notebook['cells'] if ''.join(cell['source']).strip()]
@@ -69,7 +72,8 @@ def api_page(module: str) -> str:
     parts = [f'# wib_nbdev.{module}', loaded.__doc__.strip()]
     for name in loaded.__all__:
         thing = getattr(loaded, name)
-        if not (inspect.isfunction(thing) or inspect.isclass(thing)) or thing.__module__ != loaded.__name__: continue
+        if not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
+        if thing.__module__ != loaded.__name__: continue
         page = show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
         line = inspect.getsourcelines(thing)[1]
         parts += [tidy(page), f'[source]({repository}/blob/main/wib_nbdev/{module}.py#L{line})']
@@ -85,16 +89,18 @@ def put_api() -> list[str]:
 
 
 def toctree(caption: str, names: list[str]) -> str:
-    return '\n'.join(['```{toctree}', f':caption: {caption}', ':maxdepth: 1', ':hidden:', '', *names, '```', ''])
+    head = ['```{toctree}', f':caption: {caption}', ':maxdepth: 1', ':hidden:', '']
+    return '\n'.join([*head, *names, '```', ''])
 
 
 def put_report() -> None:
-    "The report of the committed full reproduction, beside the pages that link to it, and a page that leads there."
+    "The report of the committed full reproduction, beside the pages that link to it; a page leads there."
     from wib_nbdev.report import write_report
     from wib_nbdev.sweep import load_results
     EXTRA.mkdir(parents=True, exist_ok=True)
     write_report(load_results(), EXTRA / 'report.html')
-    text = '# The report\n\nEverything that the full reproduction found, on one page: <a href="report.html">open the report</a>.\n'
+    text = ('# The report\n\nEverything that the full reproduction found, on one page: '
+            '<a href="report.html">open the report</a>.\n')
     (SOURCE / 'full-report.md').write_text(text)
 
 
@@ -102,9 +108,10 @@ def main() -> int:
     proc_nbs(n_workers=0, force=True)
     names = [str(name.with_suffix('')) for name in put_notebooks()]
     put_report()
-    chapters, library = ([name for name in names if name.startswith('lib/') is is_library] for is_library in (False, True))
-    trees = {'Chapters': chapters, 'Results': ['full-report'], 'Guides': ['which', 'cluster'], 'Library': library,
-             'API': put_api(), 'Project': ['changelog']}
+    chapters, library = ([name for name in names if name.startswith('lib/') is is_library]
+                         for is_library in (False, True))
+    trees = {'Chapters': chapters, 'Results': ['full-report'], 'Guides': ['which', 'cluster'],
+             'Library': library, 'API': put_api(), 'Project': ['changelog']}
     front = (ROOT / 'README.md').read_text().replace('](nbs/', '](').replace('](docs/', '](')
     (SOURCE / 'index.md').write_text('\n\n'.join([front, *(toctree(*tree) for tree in trees.items())]))
     built = PROCESSED / 'html'  # myst-nb leaves a folder beside what it builds

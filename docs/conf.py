@@ -1,4 +1,4 @@
-"""Sphinx over nbdev's processed notebooks: what the site shows was run when it was committed, nothing is run here."""
+"""Sphinx over nbdev's processed notebooks: they were run when they were committed, nothing is run here."""
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -18,7 +18,10 @@ nb_render_markdown_format = 'gfm'  # tables that a cell prints
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'smartquotes']
 myst_heading_anchors = 3
 exclude_patterns = ['_build']
-suppress_warnings = ['myst.header']  # the documentation of a function starts at its own level of heading, wherever it stands
+suppress_warnings = [
+    'myst.header',  # the documentation of a function starts at its own level of heading, wherever it stands
+    'misc.highlighting_failure',  # a signature as nbdev writes it, with comments, is not always Python
+]
 html_theme = 'furo'
 html_title = project
 html_static_path = ['static']

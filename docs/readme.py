@@ -16,11 +16,12 @@ NOTE = '<!-- Written from nbs/index.ipynb by docs/readme.py (make readme): edit 
 
 
 def readme() -> dict[Path, bytes]:
-    "README.md and its pictures: the index notebook as Markdown, with links that work from the top of the repository."
+    "README.md and its pictures: the index notebook as Markdown, with links from the top of the repository."
     notebook = nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4)
     notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith('#| hide')]
     notebook.cells[0].source = ''  # its title; the front page has one that the verdicts set
-    notebook.metadata['language_info'] = {'name': 'python'}  # of the fences; nbdev keeps only the kernel's name
+    # The language of the fences; nbdev keeps only the kernel's name.
+    notebook.metadata['language_info'] = {'name': 'python'}
     pictures = {}
     for cell in notebook.cells:
         alt = ''.join(re.findall(r'^#\| fig-alt: (.*)', cell.source, re.M))
@@ -39,4 +40,5 @@ if __name__ == '__main__':
     for path, content in readme().items():
         if '--check' not in sys.argv: path.write_bytes(content)
         elif not path.exists() or path.read_bytes() != content:
-            sys.exit(f'{path.relative_to(ROOT)} is not what nbs/index.ipynb gives: run make readme and commit it')
+            sys.exit(f'{path.relative_to(ROOT)} is not what nbs/index.ipynb gives: '
+                     'run make readme and commit it')

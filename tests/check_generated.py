@@ -1,4 +1,5 @@
-"""Fails if nbdev would change a file: the library is the notebooks', the notebooks carry no stray state, the site knows the settings."""
+"""Fails if nbdev would change a file: the library is the notebooks', the notebooks carry no stray state,
+the site knows the settings."""
 import hashlib
 import subprocess
 import sys
@@ -16,7 +17,8 @@ def digests() -> dict[str, str]:
 
 before = digests()
 commands = {command: [BIN / command] for command in ('nbdev_export', 'nbdev_clean')}
-commands['refresh_quarto_yml'] = [sys.executable, '-c', 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()']
+refresh = 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()'
+commands['refresh_quarto_yml'] = [sys.executable, '-c', refresh]
 for name, command in commands.items():
     subprocess.run(command, cwd=ROOT, check=True)
     after = digests()

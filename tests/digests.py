@@ -21,7 +21,8 @@ from wib_nbdev.training import train
 def digest(model: torch.nn.Module) -> str:
     "SHA-256 of all parameters, in the order of their names."
     parameters = sorted(model.named_parameters(), key=lambda each: each[0])
-    return hashlib.sha256(b''.join(each.detach().contiguous().numpy().tobytes() for _, each in parameters)).hexdigest()
+    values = (each.detach().contiguous().numpy().tobytes() for _, each in parameters)
+    return hashlib.sha256(b''.join(values)).hexdigest()
 
 
 def here() -> dict[str, str]:
@@ -33,6 +34,7 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     shared = dict(sample=True, epochs=1, device='cpu')
     configs = {name: TrainConfig(activation=name, **shared) for name in get_args(Activation)}
-    configs['compensated, SGD, CIFAR-10'] = TrainConfig(dataset='cifar10', optimizer='sgd', lr=0.04, compensate_bias=True, **shared)
+    configs['compensated, SGD, CIFAR-10'] = TrainConfig(dataset='cifar10', optimizer='sgd', lr=0.04,
+                                                        compensate_bias=True, **shared)
     digests = {name: digest(train(config, progress=False).model) for name, config in configs.items()}
     json.dump({'made_with': here(), 'digests': digests}, sys.stdout, indent=1)

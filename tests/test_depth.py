@@ -1,15 +1,17 @@
-"""The depth experiment: what is planned and what it costs, how rates are chosen and runs paired, and that every verdict can come."""
+"""The depth experiment: its plan and cost, how rates are chosen and runs paired, and every verdict."""
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
+from torch.nn.functional import relu
 
 from wib_nbdev import depth
+from wib_nbdev.activations import predict_depth
 from wib_nbdev.claims import MissingRuns
-from wib_nbdev.depth import CELLS, DEPTH_ARMS, DEPTH_CLAIMS, FACTORIALS, FAMILIES, RATES, SEEDS
+from wib_nbdev.depth import CELLS, DEPTH_ARMS, FACTORIALS, FAMILIES, RATES, SEEDS
 from wib_nbdev.style import ARM_STYLE
 from wib_nbdev.sweep import Results
 
@@ -18,7 +20,7 @@ N_ARMS = {'mlp': 10, 'deep_cnn': 10, 'rnn': 9}  # one batch norm cannot serve al
 
 def stored(configs, accuracy, status=lambda config: 'finished'):
     "Results as a sweep stores them, with the accuracy that a function gives each run."
-    runs = pd.DataFrame([{**asdict(config), 'key': config.key, 'status': status(config)} for config in configs])
+    runs = pd.DataFrame([{**asdict(each), 'key': each.key, 'status': status(each)} for each in configs])
     epochs = [dict(key=config.key, epoch=epoch, split=split, loss=1.0, accuracy=accuracy(config) * epoch / 2)
               for config in configs for epoch in (1, 2) for split in ('train', 'valid')
               if split == 'train' or status(config) == 'finished']
@@ -26,9 +28,9 @@ def stored(configs, accuracy, status=lambda config: 'finished'):
 
 
 def synthetic(accuracy, loss=lambda family, n, arm: 1.0, noise=0.002):
-    "A frame of `merge_runs`: every final run of the plan, an accuracy and a loss for each cell and arm, with noise."
+    "A frame of `merge_runs`: every final run, an accuracy and a loss for each cell and arm, with noise."
     generator = np.random.default_rng(0)
-    rows = [dict(family=family, depth=n, arm=arm, seed=seed, optimizer='adam', lr=RATES[0], chosen=True, split=split,
+    rows = [dict(family=family, depth=n, arm=arm, seed=seed, lr=RATES[0], chosen=True, split=split,
                  accuracy=accuracy(family, n, arm) + noise * generator.standard_normal(),
                  loss=loss(family, n, arm) * math.exp(noise * generator.standard_normal()))
             for (family, n), arm, seed, split in product(CELLS, DEPTH_ARMS, SEEDS, ('test', 'train'))
@@ -54,8 +56,8 @@ def test_hours_are_those_of_all_images_seen():
     table = depth.plan_hours(plan, 10, lambda config: (2e-3 if config.activation == 'elu' else 1e-3, 0.0))
     run = 10 * 10_000 * 1e-3 / 3600
     assert table.loc['mlp'].tolist() == pytest.approx([16, 40, (8 + 20) * run + 2 * (8 + 20) * run])
-    held, test = depth.run_seconds(plan[0], 0, 1), depth.run_seconds(depth.replace(plan[0], valid='test'), 0, 1)
-    assert (held, test) == (60_000, 100_000)
+    final = replace(plan[0], valid='test')
+    assert depth.run_seconds(plan[0], 0, 1) == 60_000 and depth.run_seconds(final, 0, 1) == 100_000
 
 
 def test_each_arm_is_compared_at_its_own_best_rate_with_other_seeds():
@@ -65,13 +67,16 @@ def test_each_arm_is_compared_at_its_own_best_rate_with_other_seeds():
     status = lambda config: 'diverged' if (config.lr, config.seed) == (0.0064, 1) else 'finished'
     results = stored(plan, accuracy, status)
     final = depth.depth_best_plan(results)
-    assert {(config.activation, config.lr) for config in final} == set(best.items()), 'one that diverged is a guess'
+    rates = {(config.activation, config.lr) for config in final}
+    assert rates == set(best.items()), 'a run that diverged is a guess'
     pairs = {arm: [config.seed for config in final if config.activation == arm] for arm in best}
     assert pairs['relu'] == pairs['elu'] == list(SEEDS) and {config.valid for config in final} == {'test'}
 
-    runs = depth.merge_runs(stored([*plan, *final], accuracy, lambda config: 'diverged' if config.seed == 12 else status(config)))
+    late = lambda config: 'diverged' if config.seed == 12 else status(config)
+    runs = depth.merge_runs(stored([*plan, *final], accuracy, late))
     assert runs.groupby('split').size().to_dict() == {'holdout': 16, 'test': 20, 'train': 20}
-    assert runs.query("split != 'holdout'")['chosen'].all() and runs.query("split == 'holdout'")['chosen'].sum() == 4
+    assert runs.query("split != 'holdout'")['chosen'].all()
+    assert runs.query("split == 'holdout'")['chosen'].sum() == 4
     wide = depth.side_by_side(runs, 'mlp')
     assert wide.loc[10].tolist() == [0.9, 0.9] and wide.loc[12].tolist() == [0.1, 0.1]
     losses = depth.side_by_side(runs, 'mlp', 'train', 'loss')
@@ -81,13 +86,16 @@ def test_each_arm_is_compared_at_its_own_best_rate_with_other_seeds():
 def test_effects_are_separated():
     "A mean worth 2 points a doubling, a second moment worth 3, nothing else."
     zero, one = FACTORIALS['calibrated'][2:], FACTORIALS['calibrated'][::2]
-    runs = synthetic(lambda family, n, arm: 0.5 + 0.02 * math.log2(n) * (arm in zero) + 0.03 * (arm in one), noise=0)
+    accuracy = lambda family, n, arm: 0.5 + 0.02 * math.log2(n) * (arm in zero) + 0.03 * (arm in one)
+    runs = synthetic(accuracy, noise=0)
     table = depth.effects(runs, 'mlp').set_index(['effect', 'over'])['mean']
-    assert table['mean', 8] == pytest.approx(0.06) and table['mean', 'change with depth'] == pytest.approx(0.08)
+    assert table['mean', 8] == pytest.approx(0.06)
+    assert table['mean', 'change with depth'] == pytest.approx(0.08)
     assert table['second moment', 'all depths'] == pytest.approx(0.03)
     assert table['second moment', 'change with depth'] == pytest.approx(0, abs=1e-12)
     assert table['mean x second moment'].abs().max() < 1e-12
-    with pytest.raises(MissingRuns, match='relu_shrunk'): depth.effects(runs[runs['arm'] != 'relu_shrunk'], 'mlp')
+    with pytest.raises(MissingRuns, match='relu_shrunk'):
+        depth.effects(runs[runs['arm'] != 'relu_shrunk'], 'mlp')
 
 
 def test_every_verdict_of_the_question_can_come():
@@ -105,9 +113,11 @@ def test_every_verdict_of_the_others_can_come():
     loss = lambda family, n, arm: 0.8 if arm == 'wib_relu_centred_calibrated' else 1.0
     names = ['elu', 'bipolar_rnn', 'bipolar_cnn', 'normalisation', 'future_rnn']
     assert verdicts(deep, loss)[names].eq('holds').all()
-    assert verdicts(lambda *_: 0.5)[names].to_dict() == {**dict.fromkeys(names, 'does not hold'), 'normalisation': 'holds'}
+    same = verdicts(lambda *_: 0.5)[names]
+    assert same.pop('normalisation') == 'holds' and same.eq('does not hold').all()
     worse = verdicts(lambda family, n, arm: 0.5 - 0.05 * (arm in good), loss)
-    assert worse[['elu', 'normalisation', 'future_rnn']].eq('does not hold').all() and worse['bipolar_cnn'] == 'holds in part'
+    assert worse[['elu', 'normalisation', 'future_rnn']].eq('does not hold').all()
+    assert worse['bipolar_cnn'] == 'holds in part'
     assert verdicts(lambda *_: 0.5, noise=0.05)[['elu', 'bipolar_rnn', 'future_rnn']].eq('undecided').all()
     elsewhere = verdicts(lambda family, n, arm: 0.5 + 0.05 * (arm in good) * (n == 56))
     assert elsewhere['future_rnn'] == 'holds in part'
@@ -134,7 +144,8 @@ def test_the_predictor_travels_or_not(quick_signals):
     assert verdicts(follows)['predictor'] == 'holds'
     turned = lambda family, n, arm: 0.5 + 0.02 * quick_signals.get(arm, 0) * (1 if family == 'mlp' else -1)
     assert verdicts(turned)['predictor'] == 'does not hold'
-    half = lambda family, n, arm: 0.5 + 0.02 * quick_signals.get(arm, 0) * (1 if family == 'mlp' or n % 16 else -1)
+    sign = lambda family, n: 1 if family == 'mlp' or n % 16 else -1
+    half = lambda family, n, arm: 0.5 + 0.02 * quick_signals.get(arm, 0) * sign(family, n)
     assert verdicts(half)['predictor'] == 'undecided'
 
 
@@ -147,11 +158,12 @@ def test_a_tie_is_half_a_hit():
 
 def test_theory_of_another_gain_follows_from_homogeneity():
     "A shrunk ReLU predicted by scaling is the shrunk ReLU predicted by itself."
-    from torch.nn.functional import relu
-    scaled, direct = depth.predict_arm('relu_shrunk', 5, 0.1), depth.predict_depth(relu, depth.SHRUNK_GAIN, 5, 0.1)
+    scaled = depth.predict_arm('relu_shrunk', 5, 0.1)
+    direct = predict_depth(relu, depth.SHRUNK_GAIN, 5, 0.1)
     pd.testing.assert_frame_equal(scaled, direct, rtol=1e-4)
     calibrated = depth.predict_arm('wib_relu_calibrated', 5)
-    assert calibrated['mean'].abs().max() < 1e-4 and calibrated['gradient'].to_numpy() == pytest.approx(1, abs=1e-3)
+    assert calibrated['mean'].abs().max() < 1e-4
+    assert calibrated['gradient'].to_numpy() == pytest.approx(1, abs=1e-3)
     ratio = (calibrated['std'] / calibrated['std'].shift()).dropna()
     assert ratio.to_numpy() == pytest.approx(math.sqrt(1 - 1 / math.pi), rel=1e-3)
     assert FAMILIES['rnn'].depths[-1] == 56 and all(math.isfinite(x) for x in depth.signals('relu', 8))

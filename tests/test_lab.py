@@ -1,4 +1,5 @@
-"""`make lab`, as one uses it: JupyterLab opens on the first notebook in a real browser, which restarts the kernel and runs every cell."""
+"""`make lab`, as one uses it: JupyterLab opens on the first notebook in a real browser, which restarts the
+kernel and runs every cell."""
 import json
 import os
 import shutil
@@ -33,10 +34,12 @@ def lab(tmp_path_factory):
     (copy / 'config').mkdir()
     (copy / 'config' / 'jupyter_server_config.py').write_text(CONFIG)
     places = {f'JUPYTER_{kind}_DIR': str(copy / kind.lower()) for kind in ('CONFIG', 'RUNTIME', 'DATA')}
-    places |= {'JUPYTERLAB_SETTINGS_DIR': str(copy / 'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(copy / 'workspaces')}
+    places |= {'JUPYTERLAB_SETTINGS_DIR': str(copy / 'settings'),
+               'JUPYTERLAB_WORKSPACES_DIR': str(copy / 'workspaces')}
     ours = {name: value for name, value in os.environ.items() if name != 'MPLBACKEND'}  # which tests set
     with open(copy / 'log', 'w') as log:
-        server = subprocess.Popen(['make', 'lab'], cwd=copy, env=ours | places, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(['make', 'lab'], cwd=copy, env=ours | places, stdout=log, stderr=log,
+                                  start_new_session=True)
     try:
         found = wait_for(lambda: list(copy.glob('runtime/jpserver-*.json')) or server.poll() is not None, 60)
         assert server.poll() is None and found, (copy / 'log').read_text()
@@ -57,13 +60,16 @@ def test_the_first_notebook_runs_from_top_to_bottom(lab, browser):
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Restart Kernel and Run All Cells').click()
     page.locator('.jp-Dialog button.jp-mod-accept').click()
-    opener = build_opener(ProxyHandler({}))  # urlopen keeps the proxies of its first call, which may be another test's
+    # urlopen keeps the proxies of its first call, which may be another test's.
+    opener = build_opener(ProxyHandler({}))
     def ask(what): return json.load(opener.open(f'{url}api/{what}'))
     def cells():
         page.keyboard.press('Control+s')
         page.wait_for_timeout(1000)
-        return [cell for cell in ask('contents/index.ipynb')['content']['cells'] if cell['cell_type'] == 'code']
-    wait_for(lambda: all(cell['execution_count'] for cell in cells()) and ask('kernels')[0]['execution_state'] == 'idle', 240)
+        notebook = ask('contents/index.ipynb')['content']
+        return [cell for cell in notebook['cells'] if cell['cell_type'] == 'code']
+    def idle(): return ask('kernels')[0]['execution_state'] == 'idle'
+    wait_for(lambda: all(cell['execution_count'] for cell in cells()) and idle(), 240)
     ran = cells()
     assert [cell['execution_count'] for cell in ran] == list(range(1, len(ran) + 1))
     assert [output for cell in ran for output in cell['outputs'] if output['output_type'] == 'error'] == []

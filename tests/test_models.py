@@ -46,7 +46,8 @@ def test_each_layer_has_an_activation_of_its_own_and_survives_copying(name):
 @pytest.mark.parametrize('scheme', SCHEMES)
 def test_a_seed_fixes_every_weight_whatever_the_activation_and_the_global_generator(scheme):
     before = torch.get_rng_state()
-    first, again = (weights(plain_cnn(1, init=scheme, activation=name, generator=seeded(3))) for name in ('relu', 'wib_relu'))
+    first, again = (weights(plain_cnn(1, init=scheme, activation=name, generator=seeded(3)))
+                    for name in ('relu', 'wib_relu'))
     assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(first, weights(plain_cnn(1, init=scheme, generator=seeded(4))))
 
@@ -75,13 +76,16 @@ def test_the_control_is_wib_relu_where_no_padding_reaches(shift, seed, side):
 
 def test_the_control_differs_in_its_later_biases_only():
     plain, control = (plain_cnn(1, compensate_bias=c, generator=seeded()) for c in (False, True))
-    changed = [name for (name, a), b in zip(plain.named_parameters(), control.parameters(), strict=True) if not torch.equal(a, b)]
+    both = zip(plain.named_parameters(), control.parameters(), strict=True)
+    changed = [name for (name, a), b in both if not torch.equal(a, b)]
     assert changed == ['conv2.conv.bias', 'conv3.conv.bias', 'conv4.conv.bias', 'dense.bias']
     torch.testing.assert_close(weights(compensate_next_bias(plain, EQ7_SHIFT)), weights(control))
 
 
 @pytest.mark.parametrize('network', DEEP)
-@pytest.mark.parametrize('arm', [dict(activation='wib_relu'), dict(activation='elu', gain=1.2), dict(init='lecun_normal')])
+@pytest.mark.parametrize('arm', [
+    dict(activation='wib_relu'), dict(activation='elu', gain=1.2), dict(init='lecun_normal'),
+])
 def test_deep_networks_score_every_image_size_and_depth(network, arm):
     for shape, depth in ((IMAGE, 7), ((3, 32, 32), 4)):
         model = network(shape, depth=depth, width=8, generator=seeded(), **arm)
@@ -93,15 +97,18 @@ def test_deep_networks_score_every_image_size_and_depth(network, arm):
 
 def test_the_control_of_a_deep_network_without_padding_is_exact():
     x = torch.randn(6, *IMAGE, generator=seeded())
-    wib, control = (mlp(IMAGE, depth=5, generator=seeded(), **arm) for arm in (dict(activation='wib_relu'), dict(compensate_bias=True)))
+    wib, control = (mlp(IMAGE, depth=5, generator=seeded(), **arm)
+                    for arm in (dict(activation='wib_relu'), dict(compensate_bias=True)))
     torch.testing.assert_close(wib(x), control(x), atol=1e-4, rtol=1e-4)
 
 
 def test_the_control_of_a_recurrent_network_is_exact_once_there_is_a_hidden_state():
     x, hidden = torch.randn(6, 28, generator=seeded()), torch.randn(6, 128, generator=seeded(1))
-    wib, control = (rnn(IMAGE, generator=seeded(), **arm) for arm in (dict(activation='wib_relu'), dict(compensate_bias=True)))
+    wib, control = (rnn(IMAGE, generator=seeded(), **arm)
+                    for arm in (dict(activation='wib_relu'), dict(compensate_bias=True)))
     step = lambda model, hidden: model.cell(torch.cat([x, hidden], 1))
-    torch.testing.assert_close(step(wib, hidden.relu() - EQ7_SHIFT), step(control, hidden.relu()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step(wib, hidden.relu() - EQ7_SHIFT), step(control, hidden.relu()),
+                               atol=1e-5, rtol=1e-5)
 
 
 def test_a_recurrent_network_reads_row_by_row_and_refuses_what_does_not_divide():
@@ -117,4 +124,5 @@ def test_a_recurrent_network_reads_row_by_row_and_refuses_what_does_not_divide()
 def test_batch_norm_stands_before_each_activation(network):
     model = network(IMAGE, depth=3, batch_norm=True)
     blocks = [block for name, block in model.named_children() if name[-1].isdigit()]
-    assert len(blocks) == 3 and all([name for name, _ in block.named_children()] == ['layer', 'norm', 'act'] for block in blocks)
+    assert len(blocks) == 3
+    for block in blocks: assert [name for name, _ in block.named_children()] == ['layer', 'norm', 'act']

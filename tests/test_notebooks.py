@@ -30,4 +30,4 @@ def test_notebook(path, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv('IN_TEST', '1')
     passed, _ = run_notebook(copy, skip_flags=FACTS['DEFAULT']['tst_flags'].split())
     assert passed, capfd.readouterr().err
-    assert [each.name for each in tmp_path.iterdir()] == [path.name], 'a notebook leaves nothing beside itself'
+    assert [each.name for each in tmp_path.iterdir()] == [path.name], 'it leaves nothing beside itself'

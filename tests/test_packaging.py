@@ -26,8 +26,10 @@ def test_wheel_holds_what_it_needs_and_nothing_else(built):
 
 
 def test_sdist_holds_what_a_build_needs(built):
-    with tarfile.open(next(built.glob('*.tar.gz'))) as archive: names = {name.split('/', 1)[-1] for name in archive.getnames()}
-    assert {'setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', 'wib_nbdev/__init__.py'} <= names
+    with tarfile.open(next(built.glob('*.tar.gz'))) as archive:
+        names = {name.split('/', 1)[-1] for name in archive.getnames()}
+    assert {'setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE',
+            'wib_nbdev/__init__.py'} <= names
     assert not [name for name in names if name.startswith(('nbs/', 'data/', 'runs/', '.venv', '.github'))]
     assert next(built.glob('*.tar.gz')).stat().st_size < 10e6
 
@@ -35,21 +37,26 @@ def test_sdist_holds_what_a_build_needs(built):
 def test_metadata(built):
     wheel = zipfile.ZipFile(next(built.glob('*.whl')))
     metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith('/METADATA'))).decode()
-    lines = ('Name: wib_nbdev', 'License-Expression: Apache-2.0', 'Requires-Python: >=3.10', 'Provides-Extra: dev', 'Requires-Dist: torch')
+    lines = ('Name: wib_nbdev', 'License-Expression: Apache-2.0', 'Requires-Python: >=3.10',
+             'Provides-Extra: dev', 'Requires-Dist: torch')
     for line in lines:
         assert line in metadata, metadata[:2000]
 
 
 def test_installs_and_imports_away_from_the_checkout(installed, tmp_path):
-    "The wheel alone in an environment of its own: the bare package and each module import there, not from the checkout."
+    """The wheel alone in an environment of its own: the bare package and each module import there,
+    not from the checkout."""
     env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
 
     def run(code: str) -> str:
-        return subprocess.run([installed, '-c', code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout.strip()
+        words = [installed, '-c', code]
+        end = subprocess.run(words, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
+        return end.stdout.strip()
 
     environment = str(installed.parents[1])
     assert environment in run('import wib_nbdev; print(wib_nbdev.__file__)')
     modules = sorted(Path(module).stem for module in MODULES if not module.startswith('_'))
     imports = '; '.join(f'import wib_nbdev.{module}' for module in modules)
     assert run(f'{imports}; import wib_nbdev.style as s; print(s.__file__)').startswith(environment)
-    assert run('from wib_nbdev.data import load; print(len(load("cifar10", sample=True).x_train) > 0)') == 'True'
+    code = 'from wib_nbdev.data import load; print(len(load("cifar10", sample=True).x_train) > 0)'
+    assert run(code) == 'True'

@@ -31,19 +31,22 @@ from wib_nbdev.sweep import Results
 def made_up(configs, accuracy) -> Results:
     "Results of runs that never were, with a last accuracy that is a function of the configuration."
     runs = pd.DataFrame([{'key': config.key, **config.__dict__, 'status': 'finished'} for config in configs])
-    epochs = [dict(key=config.key, epoch=1, split='valid', accuracy=accuracy(config), loss=1.0) for config in configs]
+    epochs = [dict(key=config.key, epoch=1, split='valid', accuracy=accuracy(config), loss=1.0)
+              for config in configs]
     return Results(runs, pd.DataFrame(epochs), *3 * [pd.DataFrame()])
 
 
 def test_the_full_plan_is_what_was_announced():
     plan = full_plan()
     assert len({config.key for config in plan}) == len(plan) and set(recorded_plan()) <= set(plan)
-    tested = [config for config in plan if config.valid == 'test' and config.lr != 0.4 or config.momentum == 0]
+    tested = [config for config in plan
+              if (config.valid == 'test' and config.lr != 0.4) or config.momentum == 0]
     pairs = with_arms(made_up([config for config in tested if config.valid == 'test'], lambda _: 0.5)).runs
     seeds = pairs.groupby(['arm', 'dataset', 'optimizer', 'momentum', 'lr'])['seed'].agg(set)
     for arm in PAPER_ARMS: assert [len(each) for each in seeds[arm]] == 6 * [len(SEEDS)]
     assert not {config.seed for config in plan} & set(range(10)), 'no seed of the first round'
-    assert len([config for config in plan if config.valid == 'holdout']) == 6 * 2 * len(FEW) * sum(map(len, RATES.values()))
+    held_out = [config for config in plan if config.valid == 'holdout']
+    assert len(held_out) == 6 * 2 * len(FEW) * sum(map(len, RATES.values()))
 
 
 def test_a_plan_that_is_stopped_has_whole_pairs():
@@ -56,7 +59,8 @@ def test_recorded_runs_keep_every_second_iteration_then_every_tenth():
     kept = [iteration for iteration in range(1000) if thinned(iteration)]
     assert kept == [*range(0, 400, 2), *range(400, 1000, 10)]
     record = record_of(recorded_plan()[0])
-    assert record['every'] is thinned and record['gradients'] and 'near_zero_bins_-0.35_0.7' in record['near_zero']
+    assert record['every'] is thinned and record['gradients']
+    assert 'near_zero_bins_-0.35_0.7' in record['near_zero']
     assert record_of(full_plan()[1]) is False and any(record_of(config) for config in quick_plan())
 
 
@@ -75,7 +79,8 @@ def test_with_arms_twice_is_once():
 
 def test_the_best_setting_is_chosen_and_an_edge_extends_the_grid_once():
     peak = {'elu': 0.002, 'relu': 0.01}  # inside and on the edge
-    score = lambda config: 1 - abs(config.lr - peak.get(config.activation, 0.004)) + 0.5 * (config.optimizer == 'adam')
+    def score(config):
+        return 1 - abs(config.lr - peak.get(config.activation, 0.004)) + 0.5 * (config.optimizer == 'adam')
     grid = rate_grid(dataset='cifar10')
     results = made_up(grid, score)
     best = best_rates(results).set_index('arm')
@@ -84,7 +89,8 @@ def test_the_best_setting_is_chosen_and_an_edge_extends_the_grid_once():
     beyond = edge_plan(results)
     assert {config.lr for config in beyond} == {EDGES['adam', 0.9][1]} and len(beyond) == 6 * len(FEW)
     extended = made_up([*grid, *beyond], score)
-    assert best_rates(extended).set_index('arm').loc['relu', 'lr'] == 0.01 and not best_rates(extended)['edge'].any()
+    assert best_rates(extended).set_index('arm').loc['relu', 'lr'] == 0.01
+    assert not best_rates(extended)['edge'].any()
     last = best_rate_plan(extended)
     assert len(last) == 6 * len(SEEDS) and {config.valid for config in last} == {'test'}
 

@@ -1,4 +1,4 @@
-"""The committed runs: whole, with their keys, from commits that descend from the criteria, and judged as they say."""
+"""The committed runs: whole, with their keys, from descendants of the criteria, and judged as they say."""
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +13,8 @@ from wib_nbdev.config import RESULTS_VERSION
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
-FOLDERS = [folder for folder in (ROOT / 'wib_nbdev' / 'results', ROOT / 'results_next') if (folder / 'runs.csv').exists()]
+FOLDERS = [folder for folder in (ROOT / 'wib_nbdev' / 'results', ROOT / 'results_next')
+           if (folder / 'runs.csv').exists()]
 
 
 @pytest.fixture(scope='module', params=FOLDERS, ids=lambda folder: folder.name)
@@ -24,16 +25,19 @@ def folder(request) -> Path: return request.param
 def results(folder) -> sweep.Results: return sweep.load_results(folder)
 
 
-def is_of_this_version(results) -> bool: return set(results.runs.get('results_version', [1])) == {RESULTS_VERSION}
+def is_of_this_version(results) -> bool:
+    return set(results.runs.get('results_version', [1])) == {RESULTS_VERSION}
 
 
 def test_every_run_is_whole_and_has_its_key(results):
     runs = results.runs.set_index('key')
-    assert runs.index.is_unique and not runs['sample'].any() and set(runs['status']) <= {'finished', 'diverged'}
+    assert runs.index.is_unique and not runs['sample'].any()
+    assert set(runs['status']) <= {'finished', 'diverged'}
     counts = results.epochs.groupby('key')['epoch'].max().reindex(runs.index)
     finished = runs['status'] == 'finished'
     assert (counts[finished] == runs.loc[finished, 'epochs']).all()
-    assert np.isfinite(results.epochs.loc[results.epochs['key'].isin(runs.index[finished]), ['loss', 'accuracy']]).all(axis=None)
+    numbers = results.epochs.loc[results.epochs['key'].isin(runs.index[finished]), ['loss', 'accuracy']]
+    assert np.isfinite(numbers).all(axis=None)
     if not is_of_this_version(results): return
     assert [config.key for config in sweep.configs_of(results.runs)] == list(runs.index)
     assert runs['weights_last'].str.fullmatch('[0-9a-f]{64}').all()
@@ -44,17 +48,20 @@ def test_every_run_is_whole_and_has_its_key(results):
 def test_what_a_run_got_right_is_its_accuracy(results):
     if results.correct.empty: pytest.skip('the first round kept no images')
     last = results.epochs.query("split == 'valid'").sort_values('epoch').groupby('key')['accuracy'].last()
-    right = results.correct.set_index('key')['bits'].map(lambda bits: np.unpackbits(np.frombuffer(bits, np.uint8)).sum() / 10_000)
+    share = lambda bits: np.unpackbits(np.frombuffer(bits, np.uint8)).sum() / 10_000
+    right = results.correct.set_index('key')['bits'].map(share)
     pd.testing.assert_series_equal(right, last.reindex(right.index), check_names=False)
 
 
 def test_runs_descend_from_the_criteria_and_others_are_refused(results):
     import merge_results
-    if subprocess.run(['git', '-C', ROOT, 'cat-file', '-e', merge_results.CRITERIA], capture_output=True).returncode:
+    ask = ['git', '-C', ROOT, 'cat-file', '-e', merge_results.CRITERIA]
+    if subprocess.run(ask, capture_output=True).returncode:
         pytest.skip('needs git and the history of the project')
     if is_of_this_version(results): merge_results.check_provenance(set(results.runs['commit']))
     for commit in ('abc1234+', 'abc1234', ''):
-        with pytest.raises(SystemExit, match='no descendant of the criteria'): merge_results.check_provenance({commit})
+        with pytest.raises(SystemExit, match='no descendant of the criteria'):
+            merge_results.check_provenance({commit})
 
 
 def test_the_verdicts_are_those_of_these_runs(folder, results):
@@ -78,4 +85,5 @@ def test_they_go_back_into_a_store_and_out_again(results, tmp_path):
     sweep.write_results(some, tmp_path / 'some')
     assert sweep.restore_runs(tmp_path / 'some', tmp_path / 'store') == 3
     sweep.write_results(sweep.load_results(tmp_path / 'store'), tmp_path / 'again')
-    for path in (tmp_path / 'some').iterdir(): assert path.read_bytes() == (tmp_path / 'again' / path.name).read_bytes(), path.name
+    for path in (tmp_path / 'some').iterdir():
+        assert path.read_bytes() == (tmp_path / 'again' / path.name).read_bytes(), path.name

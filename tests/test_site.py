@@ -18,19 +18,23 @@ def window(browser):
 
 @pytest.mark.parametrize('name', PAGES)
 def test_page(window, name):
-    "No error in the console, nothing missing, nothing from elsewhere, no broken picture or inner link, no sideways scrolling."
+    """No error in the console, nothing missing, nothing from elsewhere, no broken picture or inner link,
+    no sideways scrolling."""
     window.goto('about:blank')  # what the last page still asked for is not this one's
     wrong = []
     listeners = {
-        'console': lambda message: wrong.append(message.text) if message.type in ('error', 'warning') else None,
+        'console': lambda message: (wrong.append(message.text) if message.type in ('error', 'warning')
+                                    else None),
         'pageerror': lambda error: wrong.append(str(error)),
         'requestfailed': lambda request: wrong.append(f'{request.url}: {request.failure}'),
-        'request': lambda request: None if request.url.startswith(('file:', 'data:', 'blob:')) else wrong.append(request.url),
+        'request': lambda request: (None if request.url.startswith(('file:', 'data:', 'blob:'))
+                                    else wrong.append(request.url)),
     }
     for event, listener in listeners.items(): window.on(event, listener)
     window.set_viewport_size({'width': 1280, 'height': 844})
     window.goto((SITE / name).as_uri(), wait_until='load')
-    assert window.evaluate('[...document.images].filter(x => x.complete && !x.naturalWidth).map(x => x.src)') == []
+    broken = '[...document.images].filter(x => x.complete && !x.naturalWidth).map(x => x.src)'
+    assert window.evaluate(broken) == []
     targets = window.evaluate("[...document.querySelectorAll('a[href]')].map(x => x.href)")
     for target in {target for target in targets if target.startswith('file:')}:
         assert Path(unquote(urlparse(target).path)).exists(), target
@@ -43,4 +47,5 @@ def test_page(window, name):
 
 def test_search_finds_what_is_there(window):
     window.goto((SITE / 'search.html').as_uri() + '?q=centred_gain')
-    window.wait_for_selector('#search-results li a[href*="mean_shift"]', timeout=20_000)  # the results come one after the other
+    # The results come one after the other.
+    window.wait_for_selector('#search-results li a[href*="mean_shift"]', timeout=20_000)

@@ -1,4 +1,4 @@
-"""One notebook, one module; imports in one direction; notebooks committed whole; a Makefile that fails in one clear line."""
+"""One notebook, one module; imports in one direction; whole notebooks; a Makefile that fails in one line."""
 import ast
 import os
 import re
@@ -22,7 +22,8 @@ def test_notebooks_are_found_in_every_folder():
     "nbdev skips folders without a word where recursive is off, and so would a glob of ours."
     from nbdev.doclinks import nbglob
     seen = {path.resolve() for path in nbglob(ROOT / 'nbs', as_path=True)}
-    assert seen == {path.resolve() for path in NOTEBOOKS} and len([path for path in NOTEBOOKS if path.parent.name == 'lib']) >= 10
+    assert seen == {path.resolve() for path in NOTEBOOKS}
+    assert len([path for path in NOTEBOOKS if path.parent.name == 'lib']) >= 10
 
 
 def test_one_notebook_a_module():
@@ -41,7 +42,8 @@ def imports(module: str) -> set[tuple[str, str]]:
     found = set()
     for node in ast.walk(ast.parse((ROOT / 'wib_nbdev' / f'{module}.py').read_text())):
         if isinstance(node, ast.Import):
-            found |= {(each.name.split('.')[1], '') for each in node.names if each.name.startswith('wib_nbdev.')}
+            names = [each.name for each in node.names if each.name.startswith('wib_nbdev.')]
+            found |= {(name.split('.')[1], '') for name in names}
         elif isinstance(node, ast.ImportFrom):
             base = (node.module or '').removeprefix('wib_nbdev').lstrip('.')
             if node.level == 0 and not (node.module or '').startswith('wib_nbdev'): continue
@@ -51,7 +53,8 @@ def imports(module: str) -> set[tuple[str, str]]:
 
 def test_imports_run_in_no_circle():
     assert imports('training') & {('config', 'TrainConfig')}, 'the rule sees imports'
-    order = TopologicalSorter({module: {name for name, _ in imports(module)} & set(MODULES) for module in MODULES})
+    order = TopologicalSorter({module: {name for name, _ in imports(module)} & set(MODULES)
+                               for module in MODULES})
     order.prepare()  # raises CycleError
 
 
@@ -62,11 +65,13 @@ def test_no_module_imports_a_private_name():
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name_of)
 def test_notebook_is_committed_whole_and_clean(path):
-    "Ran from top to bottom without an error, shows nothing of the machine that ran it, and folds what a reader need not see first."
+    """Ran from top to bottom without an error, shows nothing of the machine that ran it, and folds what
+    a reader need not see first."""
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == 'code']
     outputs = [output for cell in code for output in cell.outputs]
     assert all(output.output_type != 'error' for output in outputs)
-    text = '\n'.join(str(output.get('text', '')) + str(output.get('data', {}).get('text/plain', '')) for output in outputs)
+    text = '\n'.join(str(output.get('text', '')) + str(output.get('data', {}).get('text/plain', ''))
+                     for output in outputs)
     assert not re.search(r'(/home/|/root/|/Users/|/tmp/|/work/|site-packages|<Axes:|<matplotlib)', text)
     for cell in code:
         if cell.source.startswith(('#| hide', '#| default_exp')):
@@ -74,12 +79,14 @@ def test_notebook_is_committed_whole_and_clean(path):
 
 
 def python(code: str, **env: str) -> str:
-    run = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, env={**os.environ, **env})
+    words = [sys.executable, '-c', code]
+    run = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, **env})
     return run.stdout.strip()
 
 
 def test_imports_are_light_and_without_side_effects():
-    "In one process: the bare package loads nothing heavy; then no module changes a random state, a setting of matplotlib, or the folder."
+    """In one process: the bare package loads nothing heavy; then no module changes a random state,
+    a setting of matplotlib, or the folder."""
     report = python(f'''
 import sys, wib_nbdev
 print(sorted({{"torch", "numpy", "pandas", "matplotlib"}} & set(sys.modules)))
@@ -96,12 +103,14 @@ for module in {MODULES!r}:
 
 
 def make(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(['make', *arguments], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(['make', *arguments], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **env})
 
 
 def test_make_alone_prints_the_targets():
     listing = make().stdout
-    for target in ('reproduce', 'test', 'lab', 'docs', 'bench'): assert re.search(rf'^  {target} ', listing, re.M), listing
+    for target in ('reproduce', 'test', 'lab', 'docs', 'bench'):
+        assert re.search(rf'^  {target} ', listing, re.M), listing
 
 
 @pytest.fixture
@@ -127,7 +136,7 @@ def test_no_such_python(bare_clone):
 
 
 def test_python_too_old(bare_clone):
-    # This Python, judged against a newer minimum than itself: the comparison is the one that an old Python meets.
+    # This Python, judged against a newer minimum than itself: an old Python meets the same comparison.
     line = one_clear_line(make('test', f'PYTHON={sys.executable}', 'OLDEST=3.99', cwd=bare_clone))
     assert 'is too old: Python 3.99 or newer' in line
     assert not (bare_clone / '.venv').exists()
@@ -143,7 +152,8 @@ def test_python_without_venv(bare_clone):
 
 
 def test_no_network(bare_clone):
-    "pip that reaches no index: one clear line after pip's own, and no half-made stamp, so that the next call tries again."
+    """pip that reaches no index: one clear line after pip's own, and no half-made stamp, so that the next
+    call tries again."""
     isolated = {name: '' for name in os.environ if name.startswith('PIP_')}
     offline = {**isolated, 'PIP_NO_INDEX': '1', 'PIP_CONFIG_FILE': os.devnull}
     line = one_clear_line(make('test', f'PYTHON={sys.executable}', cwd=bare_clone, **offline))

@@ -218,6 +218,13 @@ def test_nothing_is_left_and_each_unit_is_centred(kind):
     assert (report.loc[report['calls'] == 0, 'note'] == 'was not called').all()
 
 
+def test_a_module_at_several_places_becomes_a_unit_at_each():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), act, nn.Sequential(nn.Linear(4, 4), act), act)
+    assert swap_activations(model)['name'].tolist() == ['1', '3', '2.1']
+    assert len({model[1], model[2][1], model[3]}) == 3 and isinstance(model[2][1], WIBReLU)
+
+
 def test_methods_agree_after_the_swap():
     model, x = Methods(), randn(7, 5)
     swap_activations(model)
@@ -307,6 +314,20 @@ class HandsOn(Left):
     def run(self, x): return torch.stack(list(map(nnf.relu, x)))
 
 
+class Property(Left):
+    @property
+    def weight(self): return nnf.relu(self.a.weight)
+    def run(self, x): return x @ self.weight
+
+
+class Before(Left):
+    def run(self, x): return torch.relu(x) + 1
+
+
+class Parent(Before):
+    def run(self, x): return super().run(x)
+
+
 class Static(Left):
     @staticmethod
     def run(x): return x.relu()
@@ -379,7 +400,9 @@ LEFT = dict(
     helper=(Helps, 'is called outside of a module', 'return nnf.relu(x) - 1'),
     made=(Makes, 'is no child of the model: made in a forward, or kept in a list', 'return nn.ReLU()(x)'),
     hidden=(Hides, 'is no child of the model: made in a forward, or kept in a list', 'self.hidden[0](x)'),
-    reference=(HandsOn, 'was not rewritten', 'torch.stack(list(map(nnf.relu, x)))'),
+    reference=(HandsOn, 'is not rewritten', 'torch.stack(list(map(nnf.relu, x)))'),
+    property=(Property, 'is not rewritten', 'return nnf.relu(self.a.weight)'),
+    parent=(Parent, 'is not rewritten', 'return torch.relu(x) + 1'),
     static=(Static, 'is called outside of a module', 'return x.relu()'),
     unknown=(Knows, 'shows if it is in place', 'Knows.run'),
     children=(OverChildren, 'runs over its children', 'nnf.relu(self.each(x))'),

@@ -1,7 +1,7 @@
 """The first 513 runs (seeds 0 to 9), read from the history of this repository.
 
-    python tools/first_round.py rate       # which rate lies nearest the printed numbers: the rule for the main setting
-    python tools/first_round.py compare    # effects of the first round beside those of the committed results, as Markdown
+    python tools/first_round.py rate       # the rate nearest the printed numbers, that of the main setting
+    python tools/first_round.py compare    # its effects beside those of the committed results, as Markdown
 """
 import subprocess
 import sys
@@ -28,22 +28,26 @@ def first_round() -> Results:
 
 
 def rate_table(results: Results) -> pd.DataFrame:
-    """WIB-ReLU on Fashion-MNIST, last epoch, test images: means over seeds, and distances from the printed numbers in units of
-    10 % of a loss and one point of accuracy."""
+    """WIB-ReLU on Fashion-MNIST, last epoch, test images: means over seeds, and distances from the printed
+    numbers in units of 10 % of a loss and one point of accuracy."""
     runs = with_arms(results).runs.query("arm == 'wib_relu' and dataset == 'fashion_mnist'")
     values = run_values(results._replace(runs=runs)).merge(runs[['key', 'valid']], on='key')
-    means = values.pivot_table(index=['valid', 'optimizer', 'lr'], columns='metric', values='value')[list(PUBLISHED)]
-    room = pd.Series({metric: 0.01 if 'accuracy' in metric else 0.1 * value for metric, value in PUBLISHED.items()})
+    means = values.pivot_table(index=['valid', 'optimizer', 'lr'], columns='metric', values='value')
+    means = means[list(PUBLISHED)]
+    room = pd.Series({metric: 0.01 if 'accuracy' in metric else 0.1 * value
+                      for metric, value in PUBLISHED.items()})
     distances = (means - pd.Series(PUBLISHED)).abs() / room
     return means.assign(largest_distance=distances.max(axis=1), sum_of_distances=distances.sum(axis=1))
 
 
 def compare(old: Results, new: Results) -> pd.DataFrame:
-    "WIB-ReLU minus each rival with Adam 0.004, last epoch: effect and 95 % interval of both rounds, percent of a loss, points of accuracy."
+    """WIB-ReLU minus each rival with Adam 0.004, last epoch: effect and 95 % interval of both rounds,
+    percent of a loss, points of accuracy."""
     frames = []
     for results in (old, new):
         rows = paired_differences(select(results, valid='test', sample=False, **SETTINGS['Adam 0.004']))
-        words = [f'{100 * row.effect:+.2f} ({100 * row.effect_low:+.2f} to {100 * row.effect_high:+.2f})' for row in rows.itertuples()]
+        words = [f'{100 * row.effect:+.2f} ({100 * row.effect_low:+.2f} to {100 * row.effect_high:+.2f})'
+                 for row in rows.itertuples()]
         frames.append(rows.assign(words=words).set_index(['dataset', 'metric', 'rival'])['words'])
     return pd.concat(frames, axis=1, keys=['first round, seeds 0 to 9', 'second round, seeds 10 to 19'])
 

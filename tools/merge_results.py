@@ -2,7 +2,7 @@
 
     python tools/merge_results.py run        # hours; stopped at any time, the same command goes on
     python tools/merge_results.py merge      # what the store holds, into results_next/
-    python tools/merge_results.py publish    # results_next/ is whole: into the package, with verdicts and a README
+    python tools/merge_results.py publish    # results_next/, once whole, into the package, with verdicts
 """
 import argparse
 import ast
@@ -24,14 +24,16 @@ CRITERIA = '507e505'  # the commit of the claims and their criteria, before the 
 
 
 def git(*words: str) -> str:
-    return subprocess.run(['git', '-C', str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+    command = ['git', '-C', str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def lacking(results: Results) -> set[str]:
     "The keys of the plan that the results lack; the best rates follow from the rest."
     planned = {config.key for config in full_plan()}
     held = set(results.runs['key'])
-    if planned <= held: planned |= {config.key for follow in (edge_plan, best_rate_plan) for config in follow(results)}
+    if planned <= held:
+        planned |= {config.key for follow in (edge_plan, best_rate_plan) for config in follow(results)}
     return planned - held
 
 
@@ -40,12 +42,14 @@ def check_provenance(commits: set[str]) -> None:
     for commit in commits:
         try: git('merge-base', '--is-ancestor', CRITERIA, commit or 'none')
         except subprocess.CalledProcessError:
-            sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({CRITERIA}): make them again')
+            sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({CRITERIA}): '
+                     'make them again')
 
 
 def claims_of(source: str) -> dict[str, str]:
-    "The text of each claim's decorator (quote, reading, criterion and the rest) in a version of claims.py, by id."
-    calls = [each for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) for each in node.decorator_list
+    "The text of each claim's decorator (quote, reading, criterion, ...) in a version of claims.py, by id."
+    calls = [each for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+             for each in node.decorator_list
              if isinstance(each, ast.Call) and getattr(each.func, 'id', '') == 'claim']
     return {call.args[0].value: ast.unparse(call) for call in calls}
 
@@ -66,21 +70,27 @@ def markdown(frame: pd.DataFrame) -> str:
 def readme(results: Results) -> str:
     "What these files are, where they come from, and how to get them again."
     runs = with_arms(results).runs
-    seeds = runs.groupby(['dataset', 'valid', 'optimizer', 'momentum', 'lr', 'arm'])['seed'].nunique().unstack('arm', fill_value=0)
-    where = ['processor', 'machine', 'cpu_capability', 'ran_on', 'threads', 'system', 'python', 'torch', 'numpy', 'commit']
+    settings = ['dataset', 'valid', 'optimizer', 'momentum', 'lr', 'arm']
+    seeds = runs.groupby(settings)['seed'].nunique().unstack('arm', fill_value=0)
+    where = ['processor', 'machine', 'cpu_capability', 'ran_on', 'threads', 'system', 'python', 'torch',
+             'numpy', 'commit']
     made = runs.groupby(where).agg(runs=('key', 'size'), first=('made_at', 'min'), last=('made_at', 'max'))
     files = sorted(path for path in PACKAGE.iterdir() if path.suffix in ('.csv', '.parquet'))
     table = pd.DataFrame([{'file': f'`{path.name}`', 'MB': f'{path.stat().st_size / 1e6:.2f}',
-                           'SHA-256': f'`{hashlib.sha256(path.read_bytes()).hexdigest()}`'} for path in files]).set_index('file')
+                           'SHA-256': f'`{hashlib.sha256(path.read_bytes()).hexdigest()}`'}
+                          for path in files]).set_index('file')
     return f'''<!-- Written by tools/merge_results.py: do not edit. -->
 # The full reproduction
 
-Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, together {runs['seconds'].sum() / 3600:.1f} hours of one
-thread. The plan stands in `nbs/lib/plan.ipynb`. `make results` makes the runs, and goes on where some are lacking.
+Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, together
+{runs['seconds'].sum() / 3600:.1f} hours of one thread. The plan stands in `nbs/lib/plan.ipynb`.
+`make results` makes the runs, and goes on where some are lacking.
 
-The criteria that judge these runs (`nbs/lib/claims.ipynb`) were committed as {git('log', '-1', '--format=%h of %ci', CRITERIA)}; every
-run was made by a later commit. Claims whose text was changed since: {', '.join(changed_claims()) or 'none'}. Settings and claims were chosen after 513 earlier runs with other seeds had been seen
-(`python tools/first_round.py compare` shows both); none of those is used here.
+The criteria that judge these runs (`nbs/lib/claims.ipynb`) were committed as
+{git('log', '-1', '--format=%h of %ci', CRITERIA)}; every run was made by a later commit. Claims whose text
+was changed since: {', '.join(changed_claims()) or 'none'}. Settings and claims were chosen after 513 earlier
+runs with other seeds had been seen (`python tools/first_round.py compare` shows both); none of those is used
+here.
 
 ## Seeds of each arm
 
@@ -88,8 +98,9 @@ run was made by a later commit. Claims whose text was changed since: {', '.join(
 
 ## Where they were made
 
-Every run had a process and a thread of its own, with the processor's instructions held to AVX2, so that the bits are the same on
-any x86-64 machine with these versions (`wib-nbdev verify` checks). `seconds` is a run's wall time beside other runs: not a benchmark.
+Every run had a process and a thread of its own, with the processor's instructions held to AVX2, so that the
+bits are the same on any x86-64 machine with these versions (`wib-nbdev verify` checks). `seconds` is a run's
+wall time beside other runs: not a benchmark.
 
 {markdown(made)}
 
@@ -97,11 +108,14 @@ any x86-64 machine with these versions (`wib-nbdev verify` checks). `seconds` is
 
 {markdown(table)}
 
-- `runs.csv`: a line a run: key, configuration, status, seconds, versions, SHA-256 of the weights after the first and the last epoch.
+- `runs.csv`: a line a run: key, configuration, status, seconds, versions, SHA-256 of the weights after the
+  first and the last epoch.
 - `epochs.parquet`: key, epoch, split, loss (nats), accuracy (share), seconds.
-- `correct.parquet`: key, bits: which test images were right after the last epoch (`numpy.packbits`, in file order).
+- `correct.parquet`: key, bits: which test images were right after the last epoch (`numpy.packbits`, in file
+  order).
 - `steps.parquet`: key, iteration, loss (nats) of the first epoch. Not in the wheel.
-- `layers.parquet`: key, iteration, layer, mean, std (population), inactive and near-zero shares, gradient_rms. Not in the wheel.
+- `layers.parquet`: key, iteration, layer, mean, std (population), inactive and near-zero shares,
+  gradient_rms. Not in the wheel.
 - `verdicts.csv`, `robustness.csv`: what `wib_nbdev.claims` says of these files.
 '''
 
@@ -109,7 +123,8 @@ any x86-64 machine with these versions (`wib-nbdev verify` checks). `seconds` is
 def publish() -> None:
     "Changes over: results_next/ becomes the results of the package."
     results = load_results(NEXT)
-    if missing := lacking(results): sys.exit(f'{len(missing)} of the planned runs are lacking: run and merge first')
+    if missing := lacking(results):
+        sys.exit(f'{len(missing)} of the planned runs are lacking: run and merge first')
     check_provenance(set(results.runs['commit']))
     shutil.rmtree(PACKAGE, ignore_errors=True)
     write_results(results, PACKAGE)
@@ -120,22 +135,28 @@ def publish() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('step', choices=('run', 'merge', 'publish'))
-    parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper', help='folder of the runs, a file each')
-    parser.add_argument('--root', type=Path, default=None, help='folder of the full data (default: WIB_DATA, else data)')
+    parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper',
+                        help='folder of the runs, a file each')
+    parser.add_argument('--root', type=Path, default=None,
+                        help='folder of the full data (default: WIB_DATA, else data)')
     parser.add_argument('--jobs', type=int, default=-1, help='worker processes (default: one a core)')
     options = parser.parse_args()
     if options.step == 'publish': return publish()
     if options.step == 'run':
-        if git('status', '--porcelain', '--', 'wib_nbdev'): sys.exit('wib_nbdev/ was edited: commit first, for runs name what made them')
-        if (NEXT / 'runs.csv').exists(): print(f'{restore_runs(NEXT, options.store)} merged runs put into {options.store}')
+        if git('status', '--porcelain', '--', 'wib_nbdev'):
+            sys.exit('wib_nbdev/ was edited: commit first, for runs name what made them')
+        if (NEXT / 'runs.csv').exists():
+            print(f'{restore_runs(NEXT, options.store)} merged runs put into {options.store}')
         try: run_plan(options.store, n_jobs=options.jobs, root=options.root)
         except SweepError as error: sys.exit(str(error))
     results = load_results(options.store)
     check_provenance(set(results.runs['commit']))
     write_results(results, NEXT)
-    print(f'{len(results.runs)} runs are in {NEXT.relative_to(ROOT)}, {len(lacking(results))} of the plan are lacking')
+    print(f'{len(results.runs)} runs are in {NEXT.relative_to(ROOT)}, '
+          f'{len(lacking(results))} of the plan are lacking')
 
 
 if __name__ == '__main__': main()

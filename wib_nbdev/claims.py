@@ -2000,8 +2000,8 @@ def judge(
     ValueError
         An unknown epoch, or two runs of one arm and seed in a setting.
 
-    Example
-    -------
+    Examples
+    --------
     >>> judge(claims=[claim for claim in CLAIMS if claim.id == 'fig3a'])['verdict'].item()
     'holds'
     """

@@ -41,7 +41,7 @@ def _show(frame: Any, as_json: bool, digits: int = 4) -> None:
     if as_json: print(frame.to_json(orient='records', indent=2, double_precision=15))
     else: print(frame.to_string(index=False, float_format=f'{{:.{digits}g}}'.format))
 
-# %% ../nbs/lib/cli.ipynb #8029f878
+# %% ../nbs/lib/cli.ipynb #abc0909c
 @dataclass
 class Train:
     """Train one network and print each epoch.
@@ -57,7 +57,7 @@ class Train:
 
     def run(self) -> int:
         "Trains; 1 if the loss was no longer finite, 130 after Ctrl-C."
-        from .training import train
+        from wib_nbdev.training import train
         result = train(self.config, progress=self.progress and not self.json, root=self.root)
         if self.json:
             epochs = json.loads(result.epochs.to_json(orient='records', double_precision=15))  # inf is null
@@ -88,7 +88,7 @@ def _axes(
     if not axes: raise ValueError('vary: must name an option and its values, such as lr=0.001,0.01')
     return axes
 
-# %% ../nbs/lib/cli.ipynb #9fe01784
+# %% ../nbs/lib/cli.ipynb #523dac01
 def _duration(seconds: float) -> str:
     "For people."
     if seconds < 90: return f'about {seconds:.0f} seconds'
@@ -113,8 +113,8 @@ class Workers:
 
     def prepare(self, configs: Sequence[TrainConfig], store: Path) -> None:
         "Says what there is to do and how long it takes; data that are missing fail here, once."
-        from .data import load
-        from .sweep import estimate_seconds
+        from wib_nbdev.data import load
+        from wib_nbdev.sweep import estimate_seconds
         lacking = [config for config in configs if not (store / f'{config.key}.parquet').exists()]
         _say(f'{len(configs)} runs, kept in {store}; {len(configs) - len(lacking)} are there already')
         if self.cluster: return
@@ -124,7 +124,7 @@ class Workers:
 
 _Workers = Annotated[Workers, tyro.conf.arg(name='')]
 
-# %% ../nbs/lib/cli.ipynb #ba14e3b2
+# %% ../nbs/lib/cli.ipynb #58003461
 @dataclass
 class Sweep:
     """Run every combination of some options, each once. A second call goes on where the first was stopped.
@@ -148,7 +148,7 @@ class Sweep:
 
     def run(self) -> int:
         "Makes the runs and prints their last epochs; 1 if a run failed."
-        from .sweep import run_sweep
+        from wib_nbdev.sweep import run_sweep
         self.workers.prepare(self.configs, self.out)
         results = self.workers.call(run_sweep, self.configs, self.out, record=self.record)
         last = results.epochs.sort_values('epoch').groupby(['key', 'split'])[['loss', 'accuracy']].last()
@@ -158,14 +158,14 @@ class Sweep:
         _show(table.merge(wide.reset_index(), on='key'), self.json)
         return int(len(results.runs) < len(set(self.configs)))
 
-# %% ../nbs/lib/cli.ipynb #d3c0b8a4
+# %% ../nbs/lib/cli.ipynb #b38931b7
 def _now() -> str: return f'{datetime.now():%Y-%m-%d %H:%M}'
 
 def _judge(results: Any) -> Any:
     "The verdicts on results in the settings of the plan, or in that of most runs where it is another."
-    from .claims import judge
-    from .plan import MAIN
-    from .report import main_setting
+    from wib_nbdev.claims import judge
+    from wib_nbdev.plan import MAIN
+    from wib_nbdev.report import main_setting
     setting = main_setting(results)
     return judge(results, None if setting == MAIN else setting)
 
@@ -196,10 +196,10 @@ class Reproduce:
 
     def run(self) -> int:
         "Makes the runs, prints a summary and writes the report; 1 if a run failed."
-        from .claims import committed_verdicts
-        from .plan import best_rate_plan, edge_plan, full_plan, quick_plan, record_of, run_plan
-        from .report import terminal_summary, write_report
-        from .sweep import run_sweep
+        from wib_nbdev.claims import committed_verdicts
+        from wib_nbdev.plan import best_rate_plan, edge_plan, full_plan, quick_plan, record_of, run_plan
+        from wib_nbdev.report import terminal_summary, write_report
+        from wib_nbdev.sweep import run_sweep
         store, quick = self.out / self.preset, self.preset == 'quick'
         configs = quick_plan() if quick else full_plan()
         self.workers.prepare(configs, store)
@@ -213,7 +213,7 @@ class Reproduce:
         print(terminal_summary(results, page))
         return int(not {config.key for config in configs} <= set(results.runs['key']))
 
-# %% ../nbs/lib/cli.ipynb #af596a58
+# %% ../nbs/lib/cli.ipynb #50b1b61d
 @dataclass
 class Claims:
     """Print the verdict on each claim of the paper: of the committed full reproduction, or of your own runs.
@@ -227,13 +227,14 @@ class Claims:
 
     def run(self) -> int:
         "Prints the verdicts."
-        from .claims import committed_verdicts, summary
-        from .sweep import load_results
+        from wib_nbdev.claims import committed_verdicts, summary
+        from wib_nbdev.sweep import load_results
         verdicts = committed_verdicts()
         if self.store or verdicts.empty: verdicts = _judge(load_results(self.store))
         if self.json: _show(verdicts, True)
         else:
-            for row in verdicts.itertuples(): print(f'{row.id:18} {row.verdict:17} {row.why}')
+            for row in verdicts.itertuples():
+                print(f"{row.id:18} {row.verdict:17} {textwrap.shorten(row.why, 110, placeholder=' …')}")
             print(f'\n{textwrap.fill(summary(verdicts), 110)}')
         return 0
 
@@ -250,8 +251,8 @@ class Report:
 
     def run(self) -> int:
         "Writes the report and prints its path."
-        from .report import write_report
-        from .sweep import load_results
+        from wib_nbdev.report import write_report
+        from wib_nbdev.sweep import load_results
         print(write_report(load_results(self.store), self.out, made=_now()))
         return 0
 
@@ -269,14 +270,14 @@ class Data:
 
     def run(self) -> int:
         "Prints the table; 1 if a file is missing or damaged."
-        from .data import DATASETS, inspect, load
+        from wib_nbdev.data import DATASETS, inspect, load
         if self.download:
             for name in DATASETS: load(name, self.root)
         table = inspect(self.root)
         _show(table, self.json)
         return int((table['status'] != 'whole').any())
 
-# %% ../nbs/lib/cli.ipynb #6b49ee42
+# %% ../nbs/lib/cli.ipynb #24e0cbd7
 @dataclass
 class Verify:
     """Run some finished runs again and compare every bit of their weights. Exit code 0 only if all agree.
@@ -300,7 +301,7 @@ class Verify:
 
     def run(self) -> int:
         "Prints a line a run; 1 if one differs."
-        from .sweep import load_results, verify
+        from wib_nbdev.sweep import load_results, verify
         table = verify(load_results(self.store), self.runs, self.root, self.whole, n_jobs=self.jobs)
         table['same'] = table[['first', 'last'] if self.whole else ['first']].all(axis=1)
         if self.json: _show(table, True)
@@ -323,7 +324,7 @@ def _compared(
         lines.append(f'{key}: ' + (f'bit-identical after {epochs}' if same else f'differs {where}{made}'))
     return lines + [note for name, note in _NOTES.items() if table['other'].str.contains(name).any()]
 
-# %% ../nbs/lib/cli.ipynb #959d6ffa
+# %% ../nbs/lib/cli.ipynb #a111c62e
 @dataclass
 class Diagnose:
     """Show what each activation of a network puts out on real images, before and after ReLU became WIB-ReLU.
@@ -352,13 +353,14 @@ class Diagnose:
         "Prints both tables."
         import pandas as pd
 
-        from .surgery import calibrate, diagnose, swap_activations
+        from wib_nbdev.surgery import calibrate, diagnose, swap_activations
         model, images = self.make_model(), self.load_images()
         tables = {'before': diagnose(model, images)}
         swap_activations(model, new=self.to)
         if self.calibrate: calibrate(model, images)
         tables['after'] = diagnose(model, images)
-        _show(pd.concat(tables, names=['when', 'row']).reset_index('when'), self.json, digits=3)
+        both = pd.concat(tables, names=['when', 'row']).reset_index('when')
+        _show(both.loc[:, (both != '').any()], self.json, digits=3)
         return 0
 
     def make_model(self) -> Any:
@@ -366,7 +368,7 @@ class Diagnose:
         import torch
         from torchvision import models
 
-        from .models import plain_cnn
+        from wib_nbdev.models import plain_cnn
         torch.manual_seed(self.seed)
         if self.model == 'plain_cnn': return plain_cnn(3)
         if ':' in self.model: return self.find_own()()
@@ -385,7 +387,7 @@ class Diagnose:
         "float32 (images, 3, size, size), standardised."
         from torch.nn.functional import interpolate
 
-        from .data import channel_stats, load, standardise
+        from wib_nbdev.data import channel_stats, load, standardise
         data = load(self.dataset, sample=True)
         images = standardise(data.x_train[:self.images], *channel_stats(data.x_train))
         return interpolate(images, size=(self.size, self.size)).expand(-1, 3, -1, -1)

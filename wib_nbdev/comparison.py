@@ -26,7 +26,7 @@ from wib_nbdev.statistics import (
 from .style import BAND, DATASET_LABELS, THEORY, colour, label, marker, new_axes, panels
 from .sweep import Results
 
-# %% ../nbs/07_comparison.ipynb #e14ce4ac
+# %% ../nbs/07_comparison.ipynb #df5cfc7b
 _all_ = ['paired_differences']
 
 def spread(positions:Any, gap:float) -> np.ndarray:
@@ -63,7 +63,7 @@ def _scale(frame: pd.DataFrame, metric: str, *references: float | None) -> tuple
     margin = 0.05 * np.ptp(shown) or 0.05
     return min(shown) - margin, max(shown) + margin
 
-# %% ../nbs/07_comparison.ipynb #5a9f6840
+
 def learning_curves(
     results:Results, # one run an arm, data set and seed
     arms:Sequence[str]=PAPER_ARMS, # which

@@ -100,8 +100,8 @@ class TrainConfig:
 
     Source: paper, Section 4. The defaults are the paper's, save for the learning rate.
 
-    Example
-    -------
+    Examples
+    --------
     >>> TrainConfig(activation='wib_relu', seed=3).optimizer
     'adam'
     """

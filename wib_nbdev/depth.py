@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ELU_GAIN', 'SHRUNK_GAIN', 'DEPTH_ARMS', 'FACTORIALS', 'FAMILIES', 'CELLS', 'RATES', 'RATE_SEEDS', 'SEEDS', 'N_TRAIN',
-           'CHANCE', 'N_TEST', 'THEORIES', 'DEPTH_CLAIMS', 'Family', 'depth_plan', 'merge_runs', 'best_rates',
+           'CHANCE', 'N_TEST', 'THEORIES', 'DEPTH_CLAIMS', 'SHOWN', 'Family', 'depth_plan', 'merge_runs', 'best_rates',
            'depth_best_plan', 'run_depth_plan', 'load_runs', 'run_seconds', 'measure_images', 'plan_hours',
            'side_by_side', 'effects', 'DepthClaim', 'gain', 'Condition', 'judge_elu', 'judge_bipolar_rnn',
            'judge_bipolar_cnn', 'judge_normalisation', 'judge_future', 'Theory', 'predict_arm', 'signals',
-           'decided_pairs', 'fit_predictor', 'hit_rates', 'judge_predictor', 'judge_depth']
+           'decided_pairs', 'fit_predictor', 'hit_rates', 'judge_predictor', 'judge_depth', 'plot_depth_accuracy',
+           'figure_depth', 'plot_effect', 'best_arms']
 
-# %% ../nbs/09_depth.ipynb #5e522afc
+# %% ../nbs/09_depth.ipynb #73951619
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -554,3 +554,80 @@ def judge_depth(
             found = Judgement(*_NOTHING, 0, 'cannot be tested', f'runs are missing: {error}')
         rows.append({**each._asdict(), **found._asdict()})
     return pd.DataFrame(rows).drop(columns='judge')
+
+# %% ../nbs/09_depth.ipynb #bcc1b739
+SHOWN = ('relu', 'relu_shrunk', 'wib_relu', 'wib_relu_calibrated', 'wib_relu_centred_calibrated', 'elu',
+         'relu_batch_norm')
+
+def plot_depth_accuracy(
+    runs:pd.DataFrame, # of `merge_runs`
+    family:str, # a name in `FAMILIES`
+    arms:Sequence[str]=SHOWN, # names in `DEPTH_ARMS`
+    ax:Axes | None=None, # axes to draw on; new ones if None
+) -> Axes:
+    "Test accuracy over depth, each arm at its own best rate: mean over seeds, a band of its 95 % interval."
+    wide = side_by_side(runs, family)
+    ax = new_axes(ax, title=FAMILIES[family].label, xlabel='steps' if family == 'rnn' else 'hidden layers')
+    for arm in [arm for arm in arms if arm in wide.columns.get_level_values('arm')]:
+        ends = pd.DataFrame([mean_interval(x.dropna()) for _, x in wide.xs(arm, axis=1, level='arm').items()],
+                            sorted({n for n, each in wide if each == arm}))
+        ax.plot(ends.index, ends['mean'], color=colour(arm), marker=marker(arm), label=label(arm))
+        ax.fill_between(ends.index, ends['low'], ends['high'], color=colour(arm), **BAND)
+    ax.set_xscale('log', base=2)
+    ax.set_xticks(depths := sorted({n for n, _ in wide}), map(str, depths))
+    return ax
+
+def figure_depth(
+    runs:pd.DataFrame, # of `merge_runs`
+    arms:Sequence[str]=SHOWN, # names in `DEPTH_ARMS`
+) -> Figure:
+    "`plot_depth_accuracy`, a panel a family."
+    families = [family for family in FAMILIES if family in set(runs['family'])]
+    figure, axes = panels(1, len(families), panel_size=(4.4, 3.2))
+    for ax, family in zip(axes[0], families, strict=True): plot_depth_accuracy(runs, family, arms, ax)
+    axes[0, 0].set_ylabel('test accuracy')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center', frameon=False)
+    return figure
+
+# %% ../nbs/09_depth.ipynb #ba9be6d4
+def plot_effect(
+    runs:pd.DataFrame, # of `merge_runs`
+    family:str, # a name in `FAMILIES`
+    factorial:str='calibrated', # a name in `FACTORIALS`
+    ax:Axes | None=None, # axes to draw on; new ones if None
+) -> Axes:
+    """Effects of mean and second moment (Eq. 09.2) in points by depth, with 95 % intervals; grey: half a
+    point."""
+    table = effects(runs, family, factorial)
+    table[['mean', 'low', 'high']] *= 100
+    ax = new_axes(ax, title=FAMILIES[family].label, xlabel='depth', ylabel='effect (points)')
+    for shift, (effect, shade) in enumerate({'mean': '#B22222', 'second moment': '#3F88C5'}.items()):
+        part = table[table['effect'] == effect]
+        error = (part['mean'] - part['low'], part['high'] - part['mean'])
+        x = np.arange(len(part)) + 0.15 * shift
+        ax.errorbar(x, part['mean'], error, fmt='o', color=shade, label=effect)
+    ax.axhspan(-100 * _POINT, 100 * _POINT, color=THEORY['color'], **BAND)
+    ax.axhline(0, **THEORY)
+    ax.set_xticks(range(len(part)), [str(over).replace(' ', '\n') for over in part['over']])
+    ax.legend(frameon=False)
+    return ax
+
+# %% ../nbs/09_depth.ipynb #7901c86c
+def best_arms(
+    runs:pd.DataFrame, # of `merge_runs`
+) -> pd.DataFrame:
+    """A row a cell: the arm with the highest mean test accuracy, that accuracy, its gain over ReLU with the
+    95 % interval (points), and as_good: the arms that may well be within half a point of it."""
+    rows = []
+    for family in [family for family in FAMILIES if family in set(runs['family'])]:
+        wide = side_by_side(runs, family)
+        for depth in sorted({n for n, _ in wide}):
+            part = wide[depth].dropna()
+            best = part.mean().idxmax()
+            behind = {arm: mean_interval(part[best] - part[arm]) for arm in part if arm != best}
+            lead = mean_interval(part[best] - part['relu'])
+            gains = {name: 100 * end for name, end in zip(('gain', 'low', 'high'), lead, strict=True)}
+            rows.append(dict(
+                family=family, depth=depth, best=label(best), accuracy=part[best].mean(), **gains,
+                as_good=', '.join(label(arm) for arm, x in behind.items() if x.low <= _POINT)))
+    return pd.DataFrame(rows)

@@ -208,9 +208,10 @@ def _blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
     "A module without state, for pickle and copy to fill."
     return kind.__new__(_swapped_class(kind, sites))
 
-# %% ../nbs/lib/surgery.ipynb #cd6bb242
+# %% ../nbs/lib/surgery.ipynb #bf8d6646
 _Rows = list[dict[str, Any]]
 _FUSED = 'is a fused kernel: use a network of cells that call an activation module'
+_NOT_REWRITTEN = 'is not rewritten: see swap_activations; or a property, super(), a function passed on'
 _NO_CHILD = 'is no child of the model: made in a forward, or kept in a list'
 _OVER_CHILDREN = 'its class runs over its children, where a new unit would be one: give the call a module'
 
@@ -305,8 +306,8 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
     """Replace an activation wherever a model uses it, with a unit of its own for each place.
 
     Modules, functions (`F.relu(x)`, `x.relu_()`) and further calls of one module are replaced, in every
-    method of the classes that the model is made of. Parameters stay the same objects. Swap before training: a
-    trained network without its means is another function.
+    method of the classes that the model is made of; a clamp at zero is not taken for a ReLU. Parameters stay
+    the same objects. Swap before training: a trained network without its means is another function.
 
     Parameters
     ----------
@@ -412,7 +413,7 @@ class _Kernels(TorchDispatchMode):
         call = self.watch.place('relu', sys._getframe(1))._replace(note='runs in TorchScript')
         return self.watch.activation(call, args[0], run)
 
-# %% ../nbs/lib/surgery.ipynb #214579ce
+# %% ../nbs/lib/surgery.ipynb #ad5ea0a8
 class _Watch(TorchFunctionMode):
     "Watches passes over a batch: which step makes and which reads a tensor, and what activations are called."
     def __init__(self, model: nn.Module) -> None:
@@ -510,11 +511,12 @@ class _Watch(TorchFunctionMode):
 
     def place(self, kind: str, frame: FrameType | None) -> _Call:
         "Where a function is called: the module in whose code that is, the line, and why it was not swapped."
-        source, owner, reason = '', None, 'was not rewritten: see the report of swap_activations'
+        source, owner, reason = '', None, _NOT_REWRITTEN
         while frame is not None and frame.f_code is not _run.__code__ and not (source and owner):
-            code, space = frame.f_code, str(frame.f_globals.get('__name__'))
+            code, space = frame.f_code, str(frame.f_globals.get('__name__', 'generated code'))
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if not source and not space.startswith('torch.'):
+            here = code.co_filename == _run.__code__.co_filename
+            if not (source or here or space.startswith('torch.')):
                 file = code.co_filename.removeprefix('<swapped: ').removesuffix('>')
                 source = f'{space}, line {frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}'
                 if not owner and not isinstance(first, nn.Module): reason = 'is called outside of a module'
@@ -598,7 +600,7 @@ def _set_shift(unit: Any, shift: Tensor) -> None:
     if unit.shift.shape == shift.shape: unit.shift.copy_(shift)  # the same buffer
     else: unit.shift = shift.to(unit.shift)
 
-# %% ../nbs/lib/surgery.ipynb #bff3967f
+# %% ../nbs/lib/surgery.ipynb #1b39809d
 class _Calibration(_Watch):
     """Passes in which each unit sets its shift just before it acts, so that what comes later sees it
     calibrated."""
@@ -611,7 +613,8 @@ class _Calibration(_Watch):
 
     def before(self, call: _Call, x: Tensor) -> Tensor | None:
         unit, scale = call.module, 1.0
-        if not _is_unit(unit) and call.kind not in ('ReLU', 'relu', 'rnn_relu', 'FoldedWIBReLU'): return None
+        is_relu = call.kind in ('relu', 'rnn_relu') or isinstance(unit, (nn.ReLU, FoldedWIBReLU))
+        if not _is_unit(unit) and not is_relu: return None
         row = self.rows.setdefault(unit or call, dict(name=call.name, calls=0, layer='', source=call.source))
         if not _is_unit(unit):
             row.update(note=call.note or f'is a {call.kind}', calls=row['calls'] + (not self.passes))

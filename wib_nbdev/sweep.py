@@ -318,8 +318,8 @@ def load_results(
     SweepError
         The runs were made with several versions of what changes their numbers.
 
-    Example
-    -------
+    Examples
+    --------
     >>> set(load_results().runs['dataset']) == {'fashion_mnist', 'cifar10'}
     True
     """
@@ -474,8 +474,8 @@ def run_sweep(
     SweepError
         The sweep cannot start or go on; what was finished is safe.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import tempfile
     >>> run_sweep(grid(sample=True, epochs=1), tempfile.mkdtemp(), progress=False).runs['status'].item()
     'finished'
@@ -609,8 +609,8 @@ def verify(
     SweepError
         The results keep no digests.
 
-    Example
-    -------
+    Examples
+    --------
     >>> verify(load_results(), n_runs=1)  # doctest: +SKIP
     """
     runs = results.runs[results.runs['weights_first'].fillna('') != '']

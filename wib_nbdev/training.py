@@ -39,7 +39,7 @@ from .surgery import calibrate
 def train_epoch(
     model:nn.Module, # in training mode
     optimizer:torch.optim.Optimizer, # of its parameters
-    batches:'Batches', # the training images
+    batches:Any, # `Batches` of the training images
     order:Tensor, # int64 (batch,), on the device
     *,
     amp:bool=False, # under bfloat16 autocast
@@ -324,8 +324,8 @@ def train(
 
     Source: paper, Section 4.
 
-    Example
-    -------
+    Examples
+    --------
     >>> train(TrainConfig(activation='wib_relu', sample=True, epochs=1), progress=False).status
     'finished'
     """
