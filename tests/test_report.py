@@ -86,7 +86,7 @@ def says(sentence, word):
     ('epochs', 'trains faster', 'trains slower'), ('accuracy', 'ends more accurate', 'ends less accurate'),
     ('loss', 'a lower', 'a higher')])
 def test_headline_is_true_of_every_combination(quantity, better, worse):
-    "Better is said of the data sets where it is so and of no other; worse too, save beside equal: 'no better'."
+    "Better is said where it is so and nowhere else; worse too, save beside equal: 'no better'."
     for pair in itertools.product(STATES, repeat=2):
         for others in STATES:
             states = dict.fromkeys(('epochs', 'accuracy', 'loss'), (others, others)) | {quantity: pair}
@@ -150,7 +150,7 @@ def test_a_promise_holds_by_its_rule(rows, verdict):
 
 def test_reasons_are_sentences(theory):
     "No field name, no name as it is typed."
-    others = ('not run yet: runs with sample=True, epochs=5', 'cifar10: wib_relu_04 [SGD 0.4; Adam 0.004: holds]')
+    others = ('not run yet: runs with sample=True, epochs=5', 'cifar10: wib_relu_04 [SGD 0.4; Adam 0.004: -]')
     for why in (*theory['why'], *others):
         sentence = report.reason(why)
         assert sentence[0] == sentence[0].upper() and sentence.endswith('.')
@@ -159,7 +159,8 @@ def test_reasons_are_sentences(theory):
 
 
 def test_terminal_summary(full, sample):
-    few, all_ = report.terminal_summary(sample, 'runs/quick/report.html'), report.terminal_summary(full, 'x/report.html')
+    few = report.terminal_summary(sample, 'runs/quick/report.html')
+    all_ = report.terminal_summary(full, 'x/report.html')
     for text in (few, all_):
         lines = text.splitlines()
         assert len(lines) <= 12 and max(map(len, lines)) <= 100 and 'report.html' in text
@@ -191,7 +192,8 @@ def test_the_first_screen_answers(page, full):
 
 def test_the_page_is_self_contained(page):
     parsed = Page(page)
-    assert "default-src 'none'" in page and not parsed.all('script', 'img', 'iframe', 'object', 'base', 'form')
+    assert "default-src 'none'" in page
+    assert not parsed.all('script', 'img', 'iframe', 'object', 'base', 'form')
     assert not re.search(r'@import|@font-face|url\((?!#)', page)
     ids = [attrs['id'] for _, attrs in parsed.elements if 'id' in attrs]
     assert len(ids) == len(set(ids))
@@ -243,7 +245,7 @@ def test_links_lead_to_what_makes_a_picture(root):
 
 @pytest.mark.parametrize('field, values', [('amp', [False, True]), ('device', ['auto', 'cpu'])])
 def test_a_sweep_over_what_is_no_arm_has_a_report(sample, theory, no_pictures, field, values):
-    "Two runs at one seed that differ in the device alone are two set-ups, and the report says which it shows."
+    "Runs at one seed that differ in the device are two set-ups, and the report says which it shows."
     twice = [sample.runs.assign(**{field: value, 'key': sample.runs['key'] + str(i)})
              for i, value in enumerate(values)]
     epochs = [sample.epochs.assign(key=sample.epochs['key'] + str(i)) for i in range(2)]
@@ -287,7 +289,8 @@ def test_written_whole_or_not_at_all(theory, no_pictures, tmp_path, monkeypatch)
     path.write_text('the old one')
     assert report.write_report(NOTHING, tmp_path / 'link.html', verdicts=theory).is_symlink()
     assert path.read_text() == page
-    with pytest.raises(OSError, match='is not a file'): report.write_report(NOTHING, tmp_path, verdicts=theory)
+    with pytest.raises(OSError, match='is not a file'):
+        report.write_report(NOTHING, tmp_path, verdicts=theory)
     monkeypatch.setattr(report, 'headline', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError): report.write_report(NOTHING, path, verdicts=theory)
     assert path.read_text() == page
@@ -297,7 +300,7 @@ def test_written_whole_or_not_at_all(theory, no_pictures, tmp_path, monkeypatch)
 
 @pytest.fixture
 def visit(browser, tmp_path):
-    "Opens a page in a window of its own; in the end nothing went wrong and nothing was asked for but the file."
+    "Opens a page in a window. In the end nothing went wrong and nothing was asked for but the file."
     opened = []
 
     def open_page(html: str, width: int = 1280, **options):
@@ -330,7 +333,8 @@ CONTRAST = '''() => {
     }
     return [255, 255, 255];
   };
-  const hasText = element => [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+  const hasText = element => [...element.childNodes]
+    .some(node => node.nodeType === 3 && node.textContent.trim());
   const elements = [...document.body.querySelectorAll('*')];
   return elements.filter(each => !each.closest('svg') && hasText(each)).map(each => {
     const [a, b] = [light(numbers(getComputedStyle(each).color)), light(ground(each))].sort((x, y) => y - x);
@@ -343,17 +347,19 @@ CONTRAST = '''() => {
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [390, 1280])
 def test_in_a_browser(visit, page, width, scheme):
-    "Folded or not, nothing is wider than the window; pictures have a size and the page's ink; text can be read."
+    "Folded or not, nothing is wider than the window, no picture is missing, and text can be read."
     window = visit(page, width, color_scheme=scheme)
     assert window.evaluate('document.documentElement.scrollWidth') <= width
-    badges = "[...document.querySelectorAll('.promises .badge')].map(each => each.getBoundingClientRect().right)"
+    badges = '''[...document.querySelectorAll('.promises .badge')]
+      .map(each => each.getBoundingClientRect().right)'''
     assert len(edges := window.evaluate(badges)) >= 6 and max(edges) <= width
     window.evaluate(UNFOLD)
     assert window.evaluate('document.documentElement.scrollWidth') <= width
     boxes = window.evaluate('''() => [...document.querySelectorAll('svg')].map(svg => {
       const box = svg.getBoundingClientRect(); return [box.width, box.height] })''')
     assert len(boxes) == page.count('<svg ') and all(w > 200 and h > 80 for w, h in boxes)
-    wide = '''() => [...document.querySelectorAll('.chart')].filter(each => each.scrollWidth > each.clientWidth)
+    wide = '''() => [...document.querySelectorAll('.chart')]
+      .filter(each => each.scrollWidth > each.clientWidth)
       .map(each => getComputedStyle(each, '::before').content)'''
     assert all('scroll' in cue for cue in window.evaluate(wide))
     contrast, where = window.evaluate(CONTRAST)
@@ -362,7 +368,7 @@ def test_in_a_browser(visit, page, width, scheme):
 
 @pytest.mark.slow
 def test_by_keyboard_and_on_paper(visit, page):
-    "A heading unfolds by the Enter key. Paper is white, whatever the screen; the claims are printed on ten pages at most."
+    "A heading unfolds by the Enter key. Paper is white; the claims are printed on ten pages at most."
     window = visit(page, 794, color_scheme='dark')
     window.focus('summary')
     window.keyboard.press('Enter')
