@@ -425,7 +425,8 @@ def as_svgs(
         file = io.StringIO()
         inches = box.transformed(figure.dpi_scale_trans.inverted())
         figure.savefig(file, format='svg', bbox_inches=inches, transparent=True, metadata={'Date': None})
-        svgs.append(_clean_svg(file.getvalue(), f"{alt} {ax.get_title('left') or ax.get_title()}".strip(), f'{prefix}-{place}'))
+        title = f"{alt} {ax.get_title('left') or ax.get_title()}".strip()
+        svgs.append(_clean_svg(file.getvalue(), title, f'{prefix}-{place}'))
     return svgs
 
 def _clean_svg(svg: str, alt: str, prefix: str) -> Markup:
@@ -529,7 +530,8 @@ def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
     "A picture's panels and where it is made, or the runs that it lacks."
     module = picture.make.__module__.removeprefix('wib_nbdev.')
     link = f'{PROJECT}/blob/main/nbs/{NOTEBOOKS[module]}.ipynb'
-    drawn = dict(picture._asdict(), made_by=f'{module}.{picture.make.__name__}', link=link, lacks='', said='', svgs=[])
+    made_by = f'{module}.{picture.make.__name__}'
+    drawn = dict(picture._asdict(), made_by=made_by, link=link, lacks='', said='', svgs=[])
     try: figure = picture.make(**picture.inputs(evidence))
     except MissingRuns as error: return dict(drawn, lacks=str(error))
     svgs = as_svgs(figure, f'{picture.name}: {picture.shows}', prefix)
