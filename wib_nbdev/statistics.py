@@ -42,7 +42,7 @@ def kind_of(metric:str) -> str:
 
 def _sign(metric: str) -> int: return 1 if kind_of(metric) == 'accuracy' else -1
 
-# %% ../nbs/lib/statistics.ipynb #0ef67dca
+# %% ../nbs/lib/statistics.ipynb #c8b95563
 def select(
     results:Results, # of `sweep.load_results`
     **fields:Any, # a column of `runs` each: the value wanted, or a list of values
@@ -51,9 +51,11 @@ def select(
     `runs`."""
     if results.runs.empty: return results
     runs = results.runs if 'arm' in results.runs else with_arms(results).runs
+    keep = np.full(len(runs), True)
     for name, value in fields.items():
         one_of(name, list(runs.columns), 'field')
-        runs = runs[runs[name].isin(value if isinstance(value, (list, tuple, set)) else [value])]
+        keep &= runs[name].isin(value if isinstance(value, (list, tuple, set)) else [value])
+    runs = runs[keep]
     frames = (frame[frame['key'].isin(runs['key'])] if len(frame) else frame for frame in results[1:])
     return type(results)(runs, *frames)
 
@@ -133,7 +135,7 @@ def mean_interval(
     ends = stats.bootstrap((x,), np.mean, confidence_level=level, rng=0).confidence_interval
     return Interval(mean, float(ends.low), float(ends.high))
 
-# %% ../nbs/lib/statistics.ipynb #283542c1
+# %% ../nbs/lib/statistics.ipynb #b7ed9650
 @lru_cache
 def _sign_patterns(n: int) -> np.ndarray: return np.array(list(itertools.product((1.0, -1.0), repeat=n)))
 
@@ -145,7 +147,8 @@ def sign_flip_p(
     if not len(x): return math.nan
     if len(x) == 1 or not x.any(): return 1.0
     if len(x) <= 14:
-        means = abs(np.round(_sign_patterns(len(x)) @ x / len(x), 12))  # rounded, so that equal ones are equal
+        # Rounded, so that equal means are equal.
+        means = abs(np.round(_sign_patterns(len(x)) @ x / len(x), 12))
         return float(np.mean(means >= means[0]))
     mean_difference = lambda a, b, axis=-1: np.round(np.mean(a - b, axis=axis), 12)
     test = stats.permutation_test((x, np.zeros_like(x)), mean_difference, permutation_type='samples',
@@ -244,11 +247,13 @@ def compare_pairs(
         p_next=float(stats.t.cdf(gains.mean() / scale, n - 1)) if n > 1 else math.nan,
         seeds_needed=seeds_needed(gains), **rope_posterior(gains, metric))
 
-# %% ../nbs/lib/statistics.ipynb #84093085
+# %% ../nbs/lib/statistics.ipynb #6b35a946
 def holm(p:pd.Series) -> pd.Series:
     "Holm's adjusted p values of one family; NaN, where there is no test, stays NaN."
-    rising = p.dropna().sort_values()
-    return (rising * np.arange(len(rising), 0, -1)).cummax().clip(upper=1).reindex(p.index)
+    x, n = p.to_numpy(), p.count()
+    rising, adjusted = np.argsort(x)[:n], np.full(len(x), np.nan)
+    adjusted[rising] = np.maximum.accumulate(x[rising] * np.arange(n, 0, -1)).clip(max=1)
+    return pd.Series(adjusted, p.index)
 
 def compare_arms(
     wide:pd.DataFrame, # of `pivot`
@@ -266,13 +271,17 @@ def compare_arms(
     rows = []
     for dataset in sorted(wide.index.unique('dataset'), reverse=True):
         part = wide.loc[dataset]
-        for metric, rival in itertools.product(metrics, rivals):
-            a, b = (part.get((name, metric), np.nan * part.iloc[:, 0]).to_numpy() for name in (arm, rival))
-            paired, lost = ~np.isnan(a) & ~np.isnan(b), np.isnan(a) ^ np.isnan(b)
-            rows.append(dict(dataset=dataset, metric=metric, rival=rival, lost=int(lost.sum()),
-                             **compare_pairs(a[paired], b[paired], metric, level, full)))
-    frame = pd.DataFrame(rows)
-    return frame.assign(p_holm=frame.groupby(['dataset', 'metric'])['p'].transform(holm))
+        values, nothing = {name: part[name].to_numpy() for name in part}, np.full(len(part), np.nan)
+        for metric in metrics:
+            family = []
+            for rival in rivals:
+                a, b = (values.get((name, metric), nothing) for name in (arm, rival))
+                paired, lost = ~np.isnan(a) & ~np.isnan(b), np.isnan(a) ^ np.isnan(b)
+                family.append(dict(dataset=dataset, metric=metric, rival=rival, lost=int(lost.sum()),
+                                   **compare_pairs(a[paired], b[paired], metric, level, full)))
+            corrected = holm(pd.Series([row['p'] for row in family]))
+            rows += [dict(row, p_holm=p) for row, p in zip(family, corrected, strict=True)]
+    return pd.DataFrame(rows)
 
 def paired_differences(
     results:Results, # one run an arm, data set and seed; see `select`
