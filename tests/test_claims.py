@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from wib_nbdev import claims as c
-from wib_nbdev.plan import MAIN, PAPER_ARMS, RIVALS, SETTINGS, arm_grid, with_arms
-from wib_nbdev.statistics import PUBLISHED, compare_arms, pivot
+from wib_nbdev.plan import MAIN, PAPER_ARMS, SETTINGS, arm_grid, with_arms
+from wib_nbdev.statistics import PUBLISHED
 from wib_nbdev.sweep import Results
 
 FEW = ('wib_relu', 'relu', 'relu_pytorch', *c.REPAIRED)  # recorded
@@ -201,7 +201,10 @@ def test_what_needs_no_runs(without_runs):
 def test_claims_are_whole():
     assert len({each.id for each in c.CLAIMS}) == len(c.CLAIMS)
     texts = ('place', 'quote', 'reading', 'criterion', 'threshold_from', 'quantity')
-    for each in c.CLAIMS: assert all(vars(each)[name] for name in texts), each.id
+    for each in c.CLAIMS:
+        assert all(vars(each)[name] for name in texts) and each.theme in c.THEMES, each.id
+        assert set(each.varies) <= {'threshold', 'reading', 'at', 'setting', 'near_zero'}, each.id
+    assert c.TEXTS.sections() == [each.id for each in c.CLAIMS], 'each text has its judge, in the same order'
 
 
 def test_intervals_hold_their_value(paper_world):
@@ -328,14 +331,6 @@ def test_a_verdict_depends_on_no_choice_that_is_not_declared(paper_world, field,
 
 # Small things
 
-def test_contrast_says_what_compare_arms_says(paper_world):
-    wide = pivot(with_arms(only(paper_world, lambda runs: (runs['lr'] == 0.002) & (runs['valid'] == 'test'))))
-    frames = [f.set_index(['dataset', 'metric', 'rival']).sort_index() for f in
-              (c.contrast(wide, 'wib_relu', RIVALS), compare_arms(wide, 'wib_relu', RIVALS))]
-    columns = ['n', 'effect', 'effect_low', 'effect_high', 'p', 'p_holm']
-    np.testing.assert_allclose(*(f[columns].astype(float) for f in frames), rtol=1e-6)
-
-
 def test_averages_weigh_iterations_not_records():
     "Every iteration to 10, then every tenth: a value of 1 at first, of 0 after."
     config = CONFIGS[0]
@@ -347,10 +342,3 @@ def test_averages_weigh_iterations_not_records():
                            for key, i, layer in product(keys, iterations, c.LAYERS)])
     evidence = c.Evidence(Results(runs, NONE, layers, NONE, NONE), MAIN)
     assert evidence.averages('relu', config.dataset, 'mean')['conv1'].tolist() == pytest.approx([0.15, 0.15])
-
-
-def test_the_mark_is_the_worse_of_two_promises():
-    found = lambda *verdicts: c.mark(pd.DataFrame({'id': c.PROMISES, 'verdict': verdicts}))
-    assert found('holds', 'holds') == '[Re]' and found('holds', 'undecided') == '[Re, undecided]'
-    assert found('holds in part', 'does not hold') == '[¬Re]'
-    assert found('holds', 'cannot be tested') == '[Re, unfinished]'

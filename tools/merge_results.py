@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from wib_nbdev.claims import judge, robustness
+from wib_nbdev.claims import TEXTS, judge, robustness
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
 
@@ -46,18 +46,24 @@ def check_provenance(commits: set[str]) -> None:
                      'make them again')
 
 
-def claims_of(source: str) -> dict[str, str]:
-    "The text of each claim's decorator (quote, reading, criterion, ...) in a version of claims.py, by id."
-    calls = [each for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
-             for each in node.decorator_list
-             if isinstance(each, ast.Call) and getattr(each.func, 'id', '') == 'claim']
-    return {call.args[0].value: ast.unparse(call) for call in calls}
+def claims_then() -> dict[str, dict[str, str]]:
+    "The texts of each claim, by id, at the commit of the criteria, where decorators in claims.py held them."
+    found, known = {}, {}
+    for node in ast.parse(git('show', f'{CRITERIA}:wib_nbdev/claims.py')).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            known[node.targets[0].id] = node.value.value
+        for call in getattr(node, 'decorator_list', []):
+            if getattr(getattr(call, 'func', None), 'id', '') != 'claim': continue
+            fields = dict(zip(('id', 'place', 'theme'), call.args, strict=True))
+            fields |= {each.arg: each.value for each in call.keywords}
+            text = {name: eval(ast.unparse(value), {}, known) for name, value in fields.items()}
+            found[text.pop('id')] = text
+    return found
 
 
 def changed_claims() -> list[str]:
-    "The claims whose text is not that of the criteria's commit."
-    then = claims_of(git('show', f'{CRITERIA}:wib_nbdev/claims.py'))
-    now = claims_of((ROOT / 'wib_nbdev' / 'claims.py').read_text())
+    "The claims whose text, in any field, is not that of the criteria's commit."
+    then, now = claims_then(), {name: dict(TEXTS[name]) for name in TEXTS.sections()}
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
@@ -86,7 +92,7 @@ Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, to
 {runs['seconds'].sum() / 3600:.1f} hours of one thread. The plan stands in `nbs/lib/plan.ipynb`.
 `make results` makes the runs, and goes on where some are lacking.
 
-The criteria that judge these runs (`nbs/lib/claims.ipynb`) were committed as
+The criteria that judge these runs (`wib_nbdev/claims.ini`) were committed as
 {git('log', '-1', '--format=%h of %ci', CRITERIA)}; every run was made by a later commit. Claims whose text
 was changed since: {', '.join(changed_claims()) or 'none'}. Settings and claims were chosen after 513 earlier
 runs with other seeds had been seen (`python tools/first_round.py compare` shows both); none of those is used

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'PUBLISHED', 'CLAIMED', 'ROPE', 'MIN_PAIRS', 'SETTING', 'BOOTSTRAP_FROM', 'COVERS', 'kind_of', 'select',
-           'check_one_run_each', 'run_values', 'pivot', 'Interval', 'mean_interval', 'sign_flip_p', 'seeds_needed',
-           'verdict', 'rope_posterior', 'compare_pairs', 'holm', 'compare_arms', 'paired_differences', 'over_datasets',
-           'final_table', 'readable', 'rate_table', 'at_settings', 'common_loss', 'epochs_to_loss', 'fastest_settings',
-           'speed_differences', 'at_equal_loss', 'gap_interval', 'seeds_and_images', 'probability_in_words',
-           'effect_in_words', 'in_words']
+           'check_one_run_each', 'run_values', 'pivot', 'Interval', 't_interval', 'mean_interval', 'sign_flip_p',
+           'seeds_needed', 'verdict', 'rope_posterior', 'compare_pairs', 'holm', 'compare_arms', 'paired_differences',
+           'over_datasets', 'final_table', 'readable', 'rate_table', 'at_settings', 'common_loss', 'epochs_to_loss',
+           'fastest_settings', 'speed_differences', 'at_equal_loss', 'gap_interval', 'seeds_and_images',
+           'probability_in_words', 'effect_in_words', 'in_words']
 
 # %% ../nbs/lib/statistics.ipynb #d344184e
 import bisect
@@ -42,7 +42,7 @@ def kind_of(metric:str) -> str:
 
 def _sign(metric: str) -> int: return 1 if kind_of(metric) == 'accuracy' else -1
 
-# %% ../nbs/lib/statistics.ipynb #0ef67dca
+# %% ../nbs/lib/statistics.ipynb #c8b95563
 def select(
     results:Results, # of `sweep.load_results`
     **fields:Any, # a column of `runs` each: the value wanted, or a list of values
@@ -51,9 +51,11 @@ def select(
     `runs`."""
     if results.runs.empty: return results
     runs = results.runs if 'arm' in results.runs else with_arms(results).runs
+    keep = np.full(len(runs), True)
     for name, value in fields.items():
         one_of(name, list(runs.columns), 'field')
-        runs = runs[runs[name].isin(value if isinstance(value, (list, tuple, set)) else [value])]
+        keep &= runs[name].isin(value if isinstance(value, (list, tuple, set)) else [value])
+    runs = runs[keep]
     frames = (frame[frame['key'].isin(runs['key'])] if len(frame) else frame for frame in results[1:])
     return type(results)(runs, *frames)
 
@@ -98,7 +100,7 @@ def _side_by_side(values: pd.DataFrame) -> pd.DataFrame:
     values = values.assign(value=values['value'].where(values['status'] == 'finished', worst))
     return values.pivot(index=['dataset', 'seed'], columns=['arm', 'metric'], values='value')
 
-# %% ../nbs/lib/statistics.ipynb #58e72942
+# %% ../nbs/lib/statistics.ipynb #663312af
 class Interval(NamedTuple):
     "A mean and the ends of its confidence interval."
     mean: float
@@ -107,6 +109,19 @@ class Interval(NamedTuple):
 
 BOOTSTRAP_FROM = 20  # values; with fewer, a BCa interval covers too little and the t interval is used
 
+@lru_cache
+def _t_quantile(n: int, level: float) -> float: return float(stats.t.isf((1 - level) / 2, n - 1))
+
+def t_interval(
+    values:Any, # (n,) independent values
+    level:float=0.95, # confidence
+) -> Interval:
+    "The mean with Student's t interval; NaN ends for fewer than two values."
+    x = np.asarray(values, dtype=float)
+    mean = float(x.mean()) if len(x) else math.nan
+    half = _t_quantile(len(x), level) * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return Interval(mean, mean - half, mean + half)
+
 def mean_interval(
     values:Any, # (n,) independent values, such as one difference a seed
     level:float=0.95, # confidence
@@ -114,14 +129,16 @@ def mean_interval(
     """The mean with a t interval, or from 20 values on a BCa bootstrap one; NaN ends for fewer than two
     values."""
     x = np.asarray(values, dtype=float)
-    if len(x) < 2: return Interval(float(x.mean()) if len(x) else math.nan, math.nan, math.nan)
-    mean = float(x.mean())
-    if np.ptp(x) <= 1e-12 * abs(x).max(): return Interval(mean, mean, mean)
-    if len(x) < BOOTSTRAP_FROM: ends = stats.ttest_1samp(x, 0).confidence_interval(level)
-    else: ends = stats.bootstrap((x,), np.mean, confidence_level=level, rng=0).confidence_interval
+    mean = float(x.mean()) if len(x) else math.nan
+    if len(x) > 1 and np.ptp(x) <= 1e-12 * abs(x).max(): return Interval(mean, mean, mean)
+    if len(x) < BOOTSTRAP_FROM: return t_interval(x, level)
+    ends = stats.bootstrap((x,), np.mean, confidence_level=level, rng=0).confidence_interval
     return Interval(mean, float(ends.low), float(ends.high))
 
-# %% ../nbs/lib/statistics.ipynb #beea70e8
+# %% ../nbs/lib/statistics.ipynb #b7ed9650
+@lru_cache
+def _sign_patterns(n: int) -> np.ndarray: return np.array(list(itertools.product((1.0, -1.0), repeat=n)))
+
 def sign_flip_p(
     differences:Any, # (n,) one a seed
 ) -> float:
@@ -129,7 +146,10 @@ def sign_flip_p(
     x = np.asarray(differences, dtype=float)
     if not len(x): return math.nan
     if len(x) == 1 or not x.any(): return 1.0
-    # Rounded, so that equal means are equal.
+    if len(x) <= 14:
+        # Rounded, so that equal means are equal.
+        means = abs(np.round(_sign_patterns(len(x)) @ x / len(x), 12))
+        return float(np.mean(means >= means[0]))
     mean_difference = lambda a, b, axis=-1: np.round(np.mean(a - b, axis=axis), 12)
     test = stats.permutation_test((x, np.zeros_like(x)), mean_difference, permutation_type='samples',
                                   vectorized=True, n_resamples=2**14, rng=0)
@@ -150,7 +170,7 @@ def seeds_needed(
     while not has_power(enough): enough *= 2
     return float(bisect.bisect_left(range(enough), True, lo=2, key=has_power))
 
-# %% ../nbs/lib/statistics.ipynb #6814fc88
+# %% ../nbs/lib/statistics.ipynb #cb618d1a
 def verdict(
     low:float, # lower end of the interval of the effect
     high:float, # upper end
@@ -194,6 +214,7 @@ def compare_pairs(
     rival:Any, # (n,) values of the other, in the same order of seeds
     metric:str, # one of `METRICS`
     level:float=0.95, # confidence of the intervals
+    full:bool=True, # with wins and all that comes after it, which takes most of the time
 ) -> dict[str, Any]:
     """Everything about a comparison of two arms over the same seeds. `COVERS` says what the intervals cover.
 
@@ -208,27 +229,31 @@ def compare_pairs(
     a, b = (_sign(metric) * np.asarray(x, dtype=float) for x in (arm, rival))
     won, pairs, whole = int((a > b).sum()), len(a), np.isfinite(a) & np.isfinite(b)
     fresh = np.greater.outer(a, b) + np.equal.outer(a, b) / 2
-    wins = Interval(won / pairs if pairs else math.nan, *_share_interval(won, pairs, level))
     n, a, b = int(whole.sum()), abs(a[whole]), abs(b[whole])
     logs, is_loss = np.log(a) - np.log(b), kind_of(metric) == 'loss'
     difference, ratio = mean_interval(a - b, level), Interval(*np.exp(mean_interval(logs, level)))
     effect, gains = (Interval(*(end - 1 for end in ratio)), -logs) if is_loss else (difference, a - b)
-    scale = max(gains.std(ddof=1) * math.sqrt(1 + 1 / n), 1e-15) if n > 1 else math.nan
-    return dict(
+    found = dict(
         n=n, diverged=pairs - n, arm_mean=a.mean() if n else math.nan, rival_mean=b.mean() if n else math.nan,
         **_columns(difference, 'difference', ''), **_columns(ratio, 'ratio', 'ratio_'),
         **_columns(effect, 'effect', 'effect_'),
         verdict=verdict(effect.low, effect.high, metric) if n >= MIN_PAIRS else 'undecided',
-        p=sign_flip_p(gains), **_columns(wins, 'wins', 'wins_'),
-        p_fresh=float(fresh.mean()) if pairs else math.nan,
+        p=sign_flip_p(gains))
+    if not full: return found
+    wins = Interval(won / pairs if pairs else math.nan, *_share_interval(won, pairs, level))
+    scale = max(gains.std(ddof=1) * math.sqrt(1 + 1 / n), 1e-15) if n > 1 else math.nan
+    return dict(
+        found, **_columns(wins, 'wins', 'wins_'), p_fresh=float(fresh.mean()) if pairs else math.nan,
         p_next=float(stats.t.cdf(gains.mean() / scale, n - 1)) if n > 1 else math.nan,
         seeds_needed=seeds_needed(gains), **rope_posterior(gains, metric))
 
-# %% ../nbs/lib/statistics.ipynb #1c12bdab
+# %% ../nbs/lib/statistics.ipynb #6b35a946
 def holm(p:pd.Series) -> pd.Series:
     "Holm's adjusted p values of one family; NaN, where there is no test, stays NaN."
-    rising = p.dropna().sort_values()
-    return (rising * np.arange(len(rising), 0, -1)).cummax().clip(upper=1).reindex(p.index)
+    x, n = p.to_numpy(), p.count()
+    rising, adjusted = np.argsort(x)[:n], np.full(len(x), np.nan)
+    adjusted[rising] = np.maximum.accumulate(x[rising] * np.arange(n, 0, -1)).clip(max=1)
+    return pd.Series(adjusted, p.index)
 
 def compare_arms(
     wide:pd.DataFrame, # of `pivot`
@@ -236,6 +261,7 @@ def compare_arms(
     rivals:Sequence[str]=RIVALS, # with what
     metrics:Sequence[str]=METRICS, # in what
     level:float=0.95, # confidence of the intervals
+    full:bool=True, # with all entries of `compare_pairs`
 ) -> pd.DataFrame:
     """A row a data set (Fashion-MNIST first, as in the paper), metric and rival: lost (seeds that only one of
     the two was run at), the entries of `compare_pairs`, and p_holm (a family: the rivals in one metric on one
@@ -245,13 +271,17 @@ def compare_arms(
     rows = []
     for dataset in sorted(wide.index.unique('dataset'), reverse=True):
         part = wide.loc[dataset]
-        for metric, rival in itertools.product(metrics, rivals):
-            a, b = (part.get((name, metric), np.nan * part.iloc[:, 0]).to_numpy() for name in (arm, rival))
-            paired, lost = ~np.isnan(a) & ~np.isnan(b), np.isnan(a) ^ np.isnan(b)
-            rows.append(dict(dataset=dataset, metric=metric, rival=rival, lost=int(lost.sum()),
-                             **compare_pairs(a[paired], b[paired], metric, level)))
-    frame = pd.DataFrame(rows)
-    return frame.assign(p_holm=frame.groupby(['dataset', 'metric'])['p'].transform(holm))
+        values, nothing = {name: part[name].to_numpy() for name in part}, np.full(len(part), np.nan)
+        for metric in metrics:
+            family = []
+            for rival in rivals:
+                a, b = (values.get((name, metric), nothing) for name in (arm, rival))
+                paired, lost = ~np.isnan(a) & ~np.isnan(b), np.isnan(a) ^ np.isnan(b)
+                family.append(dict(dataset=dataset, metric=metric, rival=rival, lost=int(lost.sum()),
+                                   **compare_pairs(a[paired], b[paired], metric, level, full)))
+            corrected = holm(pd.Series([row['p'] for row in family]))
+            rows += [dict(row, p_holm=p) for row, p in zip(family, corrected, strict=True)]
+    return pd.DataFrame(rows)
 
 def paired_differences(
     results:Results, # one run an arm, data set and seed; see `select`
