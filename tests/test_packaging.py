@@ -16,12 +16,12 @@ def names_in_wheel(dist: Path) -> list[str]:
 def test_wheel_holds_what_it_needs_and_nothing_else(built):
     names = names_in_wheel(built)
     assert {f'wib_nbdev/{module}' for module in MODULES} <= set(names)
-    assert 'wib_nbdev/py.typed' in names
+    assert {'wib_nbdev/py.typed', 'wib_nbdev/claims.ini'} <= set(names)
     tops = {name.split('/')[0] for name in names}
     assert tops == {'wib_nbdev', next(top for top in tops if top.endswith('.dist-info'))}
     assert not [name for name in names if name.endswith('.ipynb') or 'test' in Path(name).name]
     suffixes = {Path(name).suffix for name in names if name.startswith('wib_nbdev/')}
-    assert suffixes <= {'.py', '.typed', '.npz', '.md', '.csv', '.parquet', '.html', '.css'}
+    assert suffixes <= {'.py', '.typed', '.npz', '.md', '.csv', '.parquet', '.html', '.css', '.ini'}
     assert {'wib_nbdev/templates/report.html', 'wib_nbdev/templates/report.css'} <= set(names)
     assert next(built.glob('*.whl')).stat().st_size < 10e6
 
