@@ -1,5 +1,6 @@
 """Surgery on networks that are not ours: what is swapped, what is named, calibration, exact folding."""
 import copy
+import doctest
 import io
 import math
 import pickle
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.functional import relu as rectify
 from torch.utils.checkpoint import checkpoint
 
+from wib_nbdev import surgery
 from wib_nbdev.activations import WIBReLU, ZeroMean
 from wib_nbdev.models import plain_cnn
 from wib_nbdev.recorder import ActivationRecorder
@@ -100,7 +102,7 @@ class InPlace(Net):
 
 class Flow(Net):
     "Branches on data, loops, contexts, comprehensions, lambdas, functions inside, several ways out."
-    units = 5 + 7
+    units = 5 + 6
     def forward(self, x, scale=1, *more, shift=None):
         if shift is not None: x = nnf.relu(x + shift)
         while x.abs().max() > 4: x = x / 2
@@ -112,7 +114,7 @@ class Flow(Net):
         if x.sum() > 1e6: return inner(x)
         match len(parts):
             case 2: x = nnf.relu(x - 1)
-            case _: x = nnf.relu(x + 1)
+            case _: x = nnf.relu(x + 1)  # which of the two is run
         return sum(parts) + inner(first) + (nnf.dropout(x, 0.5) if self.training else x)
 
 
@@ -216,6 +218,30 @@ def test_nothing_is_left_and_each_unit_is_centred(kind):
     called = frame[frame['type'] == 'WIBReLU']
     assert (called['mean'].abs() <= 2e-4 * called['std'] + 1e-7).all()
     assert (report.loc[report['calls'] == 0, 'note'] == 'was not called').all()
+
+
+class Branches(nn.Module):
+    "Calls of which one is run share a unit, be it in a branch for training or after a return."
+    def __init__(self):
+        super().__init__()
+        self.a, self.act, self.fused = nn.Linear(5, 5), nn.ReLU(), False
+    def forward(self, x):
+        if self.fused: return self.act(self.a(x))
+        x = nnf.relu(x - 1) if self.training else torch.relu(x)
+        x = self.a(self.act(self.a(x)))
+        if len(x) > 3: x = self.act(x - 1)
+        else:
+            x = self.act(x)
+        return x
+
+
+def test_calls_of_which_only_one_is_run_share_a_unit():
+    model, x = Branches(), randn(7, 5)
+    report = swap_activations(model)
+    assert report['name'].tolist() == ['act', 'relu_1', 'act_2']
+    assert (calibrate(model, x)['calls'] == 1).all()
+    model.fused = True
+    assert diagnose(model, x)['layer'].tolist() == ['act', '(output)']
 
 
 def test_a_module_at_several_places_becomes_a_unit_at_each():
@@ -701,7 +727,7 @@ def test_folding_is_exact_at_borders_too(seed, per_channel, norm, padding, trans
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-class Branches(nn.Module):
+class Added(nn.Module):
     "What is added before a unit, and who else reads."
     def __init__(self, run):
         super().__init__()
@@ -746,7 +772,7 @@ FOLDS = dict(
 @pytest.mark.parametrize('run, expected', FOLDS.values(), ids=FOLDS)
 def test_what_is_folded_and_what_is_not(run, expected):
     torch.manual_seed(0)
-    model, x = Branches(run), randn(9, 5)
+    model, x = Added(run), randn(9, 5)
     before, state = model(x), snapshot(model)
     row = fold_shift(model, x).iloc[0]
     assert row['layer'] == expected if row['folded'] else expected in row['note']
@@ -757,7 +783,7 @@ def test_what_is_folded_and_what_is_not(run, expected):
 @pytest.mark.parametrize('place', ['pause', 'a', 'act'])
 def test_hooks_are_readers(place):
     for hook in (lambda *_: None, lambda module, args, output: output - 0.3):
-        model, x = Branches(lambda self, x: self.act(self.pause(self.a(x)))), randn(9, 5)
+        model, x = Added(lambda self, x: self.act(self.pause(self.a(x)))), randn(9, 5)
         getattr(model, place).register_forward_hook(hook)
         before = model(x)
         note = fold_shift(model, x)['note'][0]
@@ -858,6 +884,10 @@ def test_a_diagnosis_names_what_is_there_and_what_to_do():
     model[1].shift.zero_()
     advice = diagnose(model, x)['advice'][0]
     assert advice.startswith('calibrate(model, batch) centres it; a batch norm follows the next layer')
+
+
+def test_the_examples_of_the_docstrings():
+    assert doctest.testmod(surgery) == (0, 8)
 
 
 # Networks of others

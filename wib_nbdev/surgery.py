@@ -117,12 +117,19 @@ def _is_method(call: ast.Call, functions: dict[Any, str], names: dict[str, Any])
     if call.args or call.keywords or not isinstance(call.func, ast.Attribute): return False
     return call.func.attr in functions.values() and not callable(_look_up(call.func.value, names))
 
-# %% ../nbs/lib/surgery.ipynb #75dc05fc
-def _find_calls(method: str, fn: Any, part: nn.Module, functions: dict[Any, str], old: set[int],
-                ) -> list[tuple[int, str, str, _Site]]:
-    """The calls of the activation in a method, in order: line, path of a child or "", name, a site without a
-    target. `old` has the ids of the children that are replaced."""
-    found, names = list[tuple[int, str, str, _Site]](), _names_in(fn, part)
+# %% ../nbs/lib/surgery.ipynb #0aafccb1
+class _Found(NamedTuple):
+    "A call of the activation in a method."
+    node: ast.Call
+    path: str  # of the child that is called, or ''
+    name: str  # of the function or child
+    site: _Site  # without a target
+
+def _find_calls(
+    method: str, fn: Any, part: nn.Module, functions: dict[Any, str], old: set[int],
+) -> list[_Found]:
+    "The calls of the activation in a method, in order. `old` has the ids of the children that are replaced."
+    found, names = list[_Found](), _names_in(fn, part)
     for number, call in enumerate(_calls(_tree(fn)[1])):
         called, text = _look_up(call.func, names), ast.unparse(call.func)
         parameters = getattr(getattr(called, '__code__', None), 'co_varnames', ())
@@ -138,8 +145,21 @@ def _find_calls(method: str, fn: Any, part: nn.Module, functions: dict[Any, str]
         if _argument(call) is None: continue
         if inplace is None: raise ValueError(f'only running {ast.unparse(call)} shows if it is in place')
         site = _Site(method, number, ast.unparse(call), '', inplace or (name.endswith('_') and not path))
-        found.append((call.lineno, path, name, site))
-    return sorted(found, key=lambda each: (each[0], -len(each[3].text)))
+        found.append(_Found(call, path, name, site))
+    return sorted(found, key=lambda each: (each.node.lineno, -len(each.site.text)))
+
+def _exclude(first: ast.Call, second: ast.Call, fn: Any) -> bool:
+    "Whether of two calls in a method, in order, only one is run: they stand in branches of one choice."
+    for choice in ast.walk(_tree(inspect.unwrap(fn))[1]):
+        if not isinstance(choice, (ast.If, ast.IfExp, ast.Match)): continue
+        parts: list[Any] = choice.cases if isinstance(choice, ast.Match) else [choice.body, choice.orelse]
+        inside = [{each for one in (part if isinstance(part, list) else [part]) for each in ast.walk(one)}
+                  for part in parts]
+        leaves = isinstance(choice, ast.If) and isinstance(choice.body[-1], (ast.Return, ast.Raise))
+        if leaves and first in inside[0] and second not in {*ast.walk(choice)}: return True
+        if any(first in one and second in other for one in inside for other in inside if one is not other):
+            return True
+    return False
 
 # %% ../nbs/lib/surgery.ipynb #f55e8919
 class _Rewriter(ast.NodeTransformer):
@@ -208,7 +228,7 @@ def _blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
     "A module without state, for pickle and copy to fill."
     return kind.__new__(_swapped_class(kind, sites))
 
-# %% ../nbs/lib/surgery.ipynb #bf8d6646
+# %% ../nbs/lib/surgery.ipynb #ec3a8456
 _Rows = list[dict[str, Any]]
 _FUSED = 'is a fused kernel: use a network of cells that call an activation module'
 _NOT_REWRITTEN = 'is not rewritten: see swap_activations; or a property, super(), a function passed on'
@@ -252,11 +272,25 @@ def _runs_over_children(part: nn.Module, methods: dict[str, Any], reached: list[
         reached += [each for each in methods if each in names and each not in reached]
     return isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
-def _free_name(part: nn.Module, path: str, call: str, taken: set[str]) -> str:
+def _free_name(part: nn.Module, call: _Found, taken: set[str]) -> str:
     "A name that a module does not have: relu_1 for the first function, act_2 for a second call of self.act."
-    base = re.sub(r'\W+', '_', path or call).strip('_')
-    names = (f'{base}_{n}' for n in count(2 if path else 1))
+    base = re.sub(r'\W+', '_', call.path or call.name).strip('_')
+    names = (f'{base}_{n}' for n in count(2 if call.path else 1))
     return next(name for name in names if not hasattr(part, name) and name not in taken)
+
+def _assign(part: nn.Module, calls: list[_Found], fn: Any, seen: set[str]) -> Iterator[tuple[_Found, bool]]:
+    """Gives each call in a method its target, and says whether that is a new unit. Calls of which only one is
+    run share a unit."""
+    groups = list[list[_Found]]()
+    for call in calls:
+        group = next((group for group in groups if group[0].path == call.path
+                      and all(_exclude(each.node, call.node, fn) for each in group)), [])
+        first = bool(call.path) and call.path not in seen
+        target = group[0].site.target if group else call.path if first else _free_name(part, call, seen)
+        seen |= {call.path, target}
+        group.append(call._replace(site=call.site._replace(target=target)))
+        if len(group) == 1: groups.append(group)
+        yield group[-1], len(group) == 1 and not first
 
 def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[int]) -> tuple[_Rows, Any]:
     """Rows for the calls of the activation in the code of a module, and the class that it gets for them,
@@ -268,16 +302,15 @@ def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[
         named = names.intersection(functions.values())
         if not named and not names & {*part._modules, *vars(part)}: continue
         try:
-            for line, path, call, site in _find_calls(method, inspect.unwrap(fn), part, functions, old):
-                if any(site[:2] == each[:2] for each in sites): continue
-                first = bool(path) and path not in seen
-                site = site._replace(target=path if first else _free_name(part, path, call, seen))
-                seen |= {path, site.target}
-                if not first or site.inplace or 'input=' in site.text: new.append(site)
-                if first: continue
+            calls = _find_calls(method, inspect.unwrap(fn), part, functions, old)
+            calls = [call for call in calls if not any(call.site[:2] == site[:2] for site in sites)]
+            for call, is_new in _assign(part, calls, fn, seen):
+                site, path = call.site, call.path
+                if site.target != path or site.inplace or 'input=' in site.text: new.append(site)
+                if not is_new: continue
                 note = ', '.join(['was a further call'] * bool(path) + ['was in place'] * site.inplace)
-                source = f'{fn.__module__}, line {line}: {site.text}'
-                rows.append(_row(f'{name}.{site.target}', call, note, source, (part, site.target)))
+                source = f'{fn.__module__}, line {call.node.lineno}: {site.text}'
+                rows.append(_row(f'{name}.{site.target}', call.name, note, source, (part, site.target)))
             runs = [each for each in ('forward', method) if each in methods]
             if rows and _runs_over_children(part, methods, runs): raise ValueError(_OVER_CHILDREN)
             if new and method in vars(part): raise ValueError(f'its {method} was replaced: swap before that')
@@ -813,7 +846,7 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
     return frame[['layer', 'type', 'calls', 'mean', 'std', 'second_moment', 'near_zero', 'inactive', 'advice',
                   'source']]
 
-# %% ../nbs/lib/surgery.ipynb #8e73ffef
+# %% ../nbs/lib/surgery.ipynb #591e01a6
 def _same(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
     "Whether outputs agree to half the digits of `eps`: the folded sums are rounded otherwise."
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]: return False
@@ -893,8 +926,8 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(8, 8), WIBReLU(), nn.Linear(8, 2))
-    >>> fold_shift(model, torch.randn(100, 8))
-      name layer  folded note
+    >>> fold_shift(model, torch.randn(100, 8))[['name', 'layer', 'folded']]
+      name layer  folded
     0    1     0    True
     """
     _check_model(model)
