@@ -42,7 +42,7 @@ def test_links_and_pictures_are_there():
 def test_the_first_screen_holds_the_verdict():
     top = '\n'.join(README.splitlines()[:32])
     assert re.search(r'^# \[(Re|¬Re|Re, in part|Re, undecided|Re, unfinished)\] ', top, re.M)
-    for words in (r'\max(0, z)', 'doi.org', 'paired seeds', '| the paper promises |', 'core-hours',
+    for words in (r'\max(0, z)', 'doi.org', 'paired seeds', '| the paper promises |', 'hours on',
                   'make reproduce', '!['):
         assert words in top, words
     assert '<table' not in README, 'no HTML of pandas'
