@@ -89,14 +89,14 @@ class Shared(Net):
 
 class InPlace(Net):
     "Whoever reads a name after a call in place reads what the call wrote."
-    units = 5 + 3
+    units = 5 + 4
     def forward(self, x):
         x = 2 * x
         nnf.relu_(x)
         y = self.a(x)
         z = nnf.relu(y, inplace=True) + y
         self.block[1](z)
-        z = z - 0.3
+        z = sum(nnf.relu_(part) for part in (z - 0.3, 0.3 - z)) - 0.1
         return z.relu_() * x + y
 
 
@@ -599,6 +599,12 @@ def test_a_look_disturbs_nothing(training):
     assert_same(model, before, but='shift')
     fold_shift(model, x)
     assert torch.get_rng_state().tolist() == before['random'] and model.seen == 0
+
+
+def test_dropout_stays_out():
+    model, x = nn.Sequential(nn.Dropout(), nn.Linear(5, 50), nn.ReLU()), randn(200, 5)
+    swap_activations(model)
+    assert calibrate(model.train(), x)['shift'][0] == calibrate(model.eval(), x)['shift'][0]
 
 
 class Cell(nn.Module):
