@@ -6,7 +6,7 @@
 `calibrate` is one forward pass with measurements, with `gain` two or three; `a pass a layer` does it by hand,
 one pass for each unit; lsuv sets variances alone, with one pass or more a layer. Inference: the network with
 ReLU, with WIB-ReLU, and folded, taking turns. Medians over the rounds; `x pass` is in units of one forward
-one forward pass with ReLU.
+pass with ReLU.
 """
 from __future__ import annotations
 

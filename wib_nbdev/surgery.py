@@ -446,7 +446,7 @@ class _Kernels(TorchDispatchMode):
         call = self.watch.place('relu', sys._getframe(1))._replace(note='runs in TorchScript')
         return self.watch.activation(call, args[0], run)
 
-# %% ../nbs/lib/surgery.ipynb #ad5ea0a8
+# %% ../nbs/lib/surgery.ipynb #77118123
 class _Watch(TorchFunctionMode):
     "Watches passes over a batch: which step makes and which reads a tensor, and what activations are called."
     def __init__(self, model: nn.Module) -> None:
@@ -550,7 +550,7 @@ class _Watch(TorchFunctionMode):
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             here = code.co_filename == _run.__code__.co_filename
             if not (source or here or space.startswith('torch.')):
-                file = code.co_filename.removeprefix('<swapped: ').removesuffix('>')
+                file = re.sub('^<swapped: (.*)>$', r'\1', code.co_filename)
                 source = f'{space}, line {frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}'
                 if not owner and not isinstance(first, nn.Module): reason = 'is called outside of a module'
             if not owner and isinstance(first, nn.Module):
