@@ -64,6 +64,18 @@ def test_no_module_imports_a_private_name():
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name_of)
+def test_no_cell_mixes_imports_with_code(path):
+    """The site executes each cell that holds an import, in a folder of its own, and so what else stands
+    in that cell."""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type != 'code' or re.search(r'^#\| *(export|default_exp|eval: *false)', cell.source, re.M): continue
+        if 'import' not in cell.source or cell.source.startswith(('%', '!')): continue
+        statements = ast.parse(cell.source).body
+        kinds = {isinstance(each, (ast.Import, ast.ImportFrom)) for each in statements}
+        assert len(kinds) == 1, cell.source
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name_of)
 def test_notebook_is_committed_whole_and_clean(path):
     """Ran from top to bottom without an error, shows nothing of the machine that ran it, and folds what
     a reader need not see first."""
