@@ -150,7 +150,7 @@ def init_weights(
         nn.init.uniform_(layer.bias, -bound, bound, generator)
     return model
 
-# %% ../nbs/02_initializers.ipynb #fefdf21d
+# %% ../nbs/02_initializers.ipynb #73feda21
 def signal_and_gradient(
     model:nn.Sequential, # a chain of layers
     x:Tensor, # (batch, ...), the input
@@ -158,16 +158,16 @@ def signal_and_gradient(
 ) -> pd.DataFrame:
     """Standard normal noise sent back from the end of a network: a row a layer.
 
-    Columns: layer, type, mean and std (population) of its output, std_between (of a unit's output between
-    inputs, averaged over units), gradient_std at its output.
+    Columns: layer, type, mean and std (population) of its output, gradient_std at its output, std_between (of
+    a unit's output between inputs, averaged over units).
     """
     outputs = []
     for layer in model: outputs.append(x := layer(x))
     gradients = torch.autograd.grad(x, outputs, torch.randn(x.shape, generator=generator).to(x))
     rows = []
     for number, (layer, output, gradient) in enumerate(zip(model, outputs, gradients, strict=True), start=1):
-        mean, std, gradient_std = output.mean(), output.std(correction=0), gradient.std(correction=0)
-        row = dict(mean=mean, std=std, std_between=output.std(0, correction=0).mean(), gradient_std=gradient_std)
+        row = dict(mean=output.mean(), std=output.std(correction=0), gradient_std=gradient.std(correction=0))
+        row['std_between'] = output.std(0, correction=0).mean()
         values = {name: value.item() for name, value in row.items()}
         rows.append(dict(layer=number, type=type(layer).__name__, **values))
     return pd.DataFrame(rows)
