@@ -207,8 +207,10 @@ def test_lost_and_diverged_runs_are_counted(results):
     missing = results.runs.query("activation == 'elu' and dataset == 'cifar10' and seed < 2")['key']
     fewer = results._replace(runs=results.runs[~results.runs['key'].isin(missing)])
     fewer = changed(fewer, "arm == 'relu' and seed == 3", status='diverged')
-    frame = s.paired_differences(fewer, metrics=['valid loss'])
-    frame = frame.set_index(['dataset', 'rival'])[['n', 'lost', 'diverged']]
+    table = lambda each: s.paired_differences(each, metrics=['valid loss']).set_index(['dataset', 'rival'])
+    others = table(s.select(results, seed=list(range(2, 10))))  # what is left is paired by its seeds
+    assert table(fewer).loc[('cifar10', 'elu'), 'p'] == others.loc[('cifar10', 'elu'), 'p']
+    frame = table(fewer)[['n', 'lost', 'diverged']]
     assert frame.loc[('cifar10', 'elu')].tolist() == [8, 2, 0]
     assert frame.loc[('fashion_mnist', 'elu')].tolist() == [10, 0, 0]
     assert frame.loc[('cifar10', 'relu')].tolist() == [9, 0, 1]
