@@ -36,7 +36,7 @@ class Fault(NamedTuple):
     name: str
     behaviour: str
     new: Patch
-    old: Patch | None  # None: the old code has nothing like it
+    old: Patch | None  # None: the old code has nothing like it, or the old tests let it through
 
 
 class NoPatch(Exception):
@@ -194,8 +194,7 @@ FAULTS = [
     Fault('near-zero-edge', 'An activation of exactly 0.05 is not near zero by the definition a <= 0.05.',
           Patch('recorder', {"NearZero('[-inf, 0.05]'": "NearZero('[-inf, 0.05)'"},
                 'tests/test_recorder.py::test_definitions_count_as_their_sources_do_at_the_ends_too'),
-          Patch('recorder', {"NearZero('[-inf, 0.05]'": "NearZero('[-inf, 0.05)'"},
-                'tests/test_recorder.py')),
+          None),  # let through
     Fault('seed-ignored', 'The order of the images is the same for each seed.',
           Patch('training', {'manual_seed(2 * config.seed + 1)': 'manual_seed(1)'},
                 'tests/test_training.py::test_arms_are_paired'),
@@ -218,9 +217,7 @@ FAULTS = [
           Patch('statistics', {'compare_pairs(a[paired], b[paired], metric': (
                     'compare_pairs(a[~np.isnan(a)][:paired.sum()], b[~np.isnan(b)][:paired.sum()], metric')},
                 'tests/test_statistics.py::test_lost_and_diverged_runs_are_counted'),
-          Patch('comparison', {"== name].set_index('seed')['value'] for": (
-                    "== name].sort_values('seed')['value'].dropna().reset_index(drop=True) for")},
-                'tests/test_comparison.py::test_seeds_without_a_pair_are_left_out_and_named')),
+          None),  # let through
     Fault('half-of-holm', 'A p value that is corrected may be lower than one that was smaller before.',
           Patch('statistics', {'np.maximum.accumulate(x[rising] * np.arange(n, 0, -1))':
                                '(x[rising] * np.arange(n, 0, -1))'},
