@@ -110,6 +110,12 @@ def test_a_sweep_is_sorted_by_what_varies_and_goes_on(swept, run):
     assert {path: path.stat().st_mtime_ns for path in swept.glob('*.parquet')} == before
 
 
+def test_a_sweep_with_a_failed_run_ends_with_1(run, tmp_path):
+    words = '--vary compile=false,true --sample --epochs 1 --jobs 1 --no-progress --record'.split()
+    code, out, err = run('sweep', *words, '--out', tmp_path)
+    assert code == 1 and out.count('finished') == 1 and len(re.findall('^failed: ', err, re.M)) == 1
+
+
 def test_a_warning_is_one_line_without_the_source_that_gave_it(swept, run, tmp_path):
     store = shutil.copytree(swept, tmp_path / 'store')
     next(store.glob('*.parquet')).write_bytes(b'cut short')

@@ -83,6 +83,14 @@ def test_each_arm_is_compared_at_its_own_best_rate_with_other_seeds():
     assert losses.loc[12].tolist() == pytest.approx([-math.log(math.log(10))] * 2)
 
 
+def test_the_arms_of_a_factorial_stand_in_their_places():
+    "By theory, after four layers: which second moments are kept, and which means."
+    for arms in FACTORIALS.values():
+        last = [depth.predict_arm(arm, 4).iloc[-1] for arm in arms]
+        assert [row['mean']**2 + row['std']**2 > 0.9 for row in last] == [True, False, True, False]
+        assert [row['mean'] > 0.1 for row in last] == [True, True, False, False]
+
+
 def test_effects_are_separated():
     "A mean worth 2 points a doubling, a second moment worth 3, nothing else."
     zero, one = FACTORIALS['calibrated'][2:], FACTORIALS['calibrated'][::2]

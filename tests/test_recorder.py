@@ -82,6 +82,15 @@ def test_counts_are_right_to_the_last_value(x):
             else: assert np.isnan(row[name])
 
 
+def test_definitions_count_as_their_sources_do_at_the_ends_too():
+    x = torch.tensor([-10, -7, -3, -0.5, -0.4, -0.3, -0.25, 0, 0.05, 0.25, 0.5, 0.65, 0.75, 7, 10, 11])
+    course, shifted, miniai = x.histc(40, 0, 10), x.histc(40, -7, 7), x.abs().histc(40, 0, 10)
+    expected = [(x.abs() < 0.5).sum() / len(x), (x <= 0.05).sum() / len(x), miniai[0] / miniai.sum(),
+                course[:2].sum() / course.sum(), shifted[19:22].sum() / shifted.sum()]
+    shares = [definition.share(x) for definition in NEAR_ZERO.values()]
+    np.testing.assert_allclose(shares, torch.stack(expected), rtol=1e-6)
+
+
 @given(st.floats(-1e3, 1e3), st.sampled_from([1e-22, 1e-3, 1.0, 1e3, 1e25]), st.sampled_from([1_000, 30_000]))
 def test_the_std_is_right_with_a_large_mean_and_where_squares_under_or_overflow(mean, std, n):
     x = torch.randn(n, generator=seeded()) * std
