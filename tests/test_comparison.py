@@ -17,7 +17,7 @@ def test_no_label_over_another_and_scales_are_shared(results, arms):
     figure = c.figure_12(results, arms)
     figure.canvas.draw()
     for ax in figure.axes:
-        for text in ax.texts: text.arrowprops = text.arrow_patch = None  # its line to the curve may cross others
+        for text in ax.texts: text.arrowprops = text.arrow_patch = None  # it may cross others
         boxes = [text.get_window_extent().padded(-0.5) for text in ax.texts]
         assert len(boxes) == len(arms)
         assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
