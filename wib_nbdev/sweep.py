@@ -7,7 +7,7 @@ __all__ = ['MADE_WITH', 'SETTINGS', 'Record', 'grid', 'SweepError', 'DamagedRun'
            'library_commit', 'load_results', 'committed_results', 'run_sweep', 'write_results', 'restore_runs',
            'estimate_seconds', 'verify']
 
-# %% ../nbs/lib/sweep.ipynb #d5557107
+# %% ../nbs/lib/sweep.ipynb #5d9cdd99
 import errno
 import io
 import itertools
@@ -28,7 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -46,7 +46,7 @@ from torch.backends.cpu import get_cpu_capability
 from tqdm.auto import tqdm
 
 from .config import RESULTS_VERSION, TrainConfig, one_of
-from .data import ImageDataset, load
+from .data import load
 from .training import RunResult, train
 
 # %% ../nbs/lib/sweep.ipynb #11cda1d3
@@ -179,7 +179,7 @@ def _read_run(path: Path) -> Results:
         raise DamagedRun(f'{path} is damaged ({reason}): move it away and run the same sweep') from error
     return results
 
-# %% ../nbs/lib/sweep.ipynb #fdaa6812
+# %% ../nbs/lib/sweep.ipynb #b5f336c2
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
 SETTINGS = {}
 if _X86: SETTINGS = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
@@ -195,12 +195,7 @@ def library_commit() -> str:
         return git('rev-parse', '--short=7', 'HEAD') + '+' * bool(edited)
     except (OSError, subprocess.CalledProcessError): return ''
 
-_LOADED: dict[tuple[str, bool, str | None], ImageDataset] = {}  # by each worker: paths travel, arrays do not
-
-def _load_once(dataset: str, sample: bool, root: str | None) -> ImageDataset:
-    key = (dataset, sample, root)
-    if key not in _LOADED: _LOADED[key] = load(dataset, root=root, sample=sample)
-    return _LOADED[key]
+_load_once = cache(load)  # by each worker: paths travel, arrays do not
 
 def _begin_worker(driver: int) -> None:
     "Leaves Ctrl-C to the driver, and ends this process once the driver is gone."
@@ -219,7 +214,7 @@ def _run_one(config: TrainConfig, record: bool | dict[str, Any], root: str | Non
         raise SweepError(f'the worker on {platform.node()} uses {capability}: start it with {settings}')
     torch.set_num_threads(1)
     clock = time.perf_counter()
-    result = train(config, _load_once(config.dataset, config.sample, root), record, progress=False)
+    result = train(config, _load_once(config.dataset, root, config.sample), record, progress=False)
     made = dict(seconds=time.perf_counter() - clock, results_version=RESULTS_VERSION, commit=library_commit(),
                 made_at=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}')
     return _to_results(result, {**made, **result.environment})
@@ -571,48 +566,19 @@ def estimate_seconds(
         total += seconds * config.epochs
     return total / min(effective_n_jobs(n_jobs), len(configs))
 
-# %% ../nbs/lib/sweep.ipynb #4472ec3c
+# %% ../nbs/lib/sweep.ipynb #2df86cf6
 def verify(
-    results:Results,
-    n_runs:int=3,
-    root:str | Path | None=None,
-    whole:bool=False,
+    results:Results, # of `load_results`, with digests and steps
+    n_runs:int=3, # how many runs, chosen at random
+    root:str | Path | None=None, # folder of the full data
+    whole:bool=False, # all epochs; the first one only if False
     *,
-    n_jobs:int=-1,
-    seed:int | None=None,
+    n_jobs:int=-1, # worker processes; -1 for one a core
+    seed:int | None=None, # of the choice
 ) -> pd.DataFrame:
-    """Runs some of the runs again and compares every bit of their weights.
-
-    Parameters
-    ----------
-    results : Results
-        Of `load_results`, with digests and steps.
-    n_runs : int
-        How many runs, chosen at random.
-    root : path, optional
-        The folder of the full data.
-    whole : bool
-        All epochs; the first one only if False.
-    n_jobs : int
-        Worker processes; -1 for one a core.
-    seed : int, optional
-        Of the choice.
-
-    Returns
-    -------
-    DataFrame
-        A row a run: key; first (and last, if whole): whether the weights after that epoch are the same bits;
-        differs_at: the first step whose loss is another; other: what was made with other versions than here.
-
-    Raises
-    ------
-    SweepError
-        The results keep no digests.
-
-    Examples
-    --------
-    >>> verify(load_results(), n_runs=1)  # doctest: +SKIP
-    """
+    """Runs some of the runs again and compares every bit of their weights: a row a run with key; first (and
+    last, if whole): whether the weights after that epoch are the same; differs_at: the first step whose loss
+    is another; other: what was made with other versions. `SweepError` where there are no digests."""
     runs = results.runs[results.runs['weights_first'].fillna('') != '']
     if runs.empty: raise SweepError('these results keep no digests of weights to compare with')
     runs = runs.sample(min(n_runs, len(runs)), random_state=seed)
