@@ -99,15 +99,14 @@ def figure_13(results:Results, arms:Sequence[str]=PAPER_ARMS) -> Figure:
     "The paper's Fig. 13: learning curves on CIFAR-10."
     return _four_panels(results, 'cifar10', arms, {})
 
-# %% ../nbs/07_comparison.ipynb #da4f7cd4
+# %% ../nbs/07_comparison.ipynb #c4a5f978
 def _forest(ax: Axes, table: pd.DataFrame, columns: Sequence[str], same: float, better: str) -> Axes:
     "A row a data set and rival: a point and its interval (the columns), and which side of `same` is better."
     ax.axvline(same, color='#999999', linewidth=0.8)
     for row, (rival, *ends) in enumerate(table[['rival', *columns]].itertuples(index=False)):
         ax.plot(ends[1:], [row, row], color=colour(rival), linewidth=2)
         ax.plot(ends[0], row, color=colour(rival), marker=marker(rival))
-    where = table['dataset'].map(DATASET_LABELS).fillna('Both')
-    ax.set_yticks(range(len(table)), where + ': ' + table['rival'].map(label))
+    ax.set_yticks(range(len(table)), table['dataset'].map(DATASET_LABELS) + ': ' + table['rival'].map(label))
     ax.set_ylim(len(table) + 0.4, -0.6)
     side = 'right' if better.startswith('←') else 'left'
     ax.text(same, len(table), f' {better} ', ha=side, va='center', fontsize=8)

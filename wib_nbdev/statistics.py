@@ -6,9 +6,8 @@
 __all__ = ['METRICS', 'PUBLISHED', 'CLAIMED', 'ROPE', 'MIN_PAIRS', 'SETTING', 'BOOTSTRAP_FROM', 'COVERS', 'kind_of', 'select',
            'check_one_run_each', 'run_values', 'pivot', 'Interval', 't_interval', 'mean_interval', 'sign_flip_p',
            'seeds_needed', 'verdict', 'rope_posterior', 'compare_pairs', 'holm', 'compare_arms', 'paired_differences',
-           'over_datasets', 'final_table', 'readable', 'rate_table', 'at_settings', 'common_loss', 'epochs_to_loss',
-           'fastest_settings', 'speed_differences', 'at_equal_loss', 'gap_interval', 'seeds_and_images',
-           'probability_in_words', 'effect_in_words', 'in_words']
+           'final_table', 'at_settings', 'common_loss', 'epochs_to_loss', 'fastest_settings', 'speed_differences',
+           'at_equal_loss', 'gap_interval', 'seeds_and_images', 'probability_in_words', 'effect_in_words', 'in_words']
 
 # %% ../nbs/lib/statistics.ipynb #d344184e
 import bisect
@@ -247,7 +246,7 @@ def compare_pairs(
         p_next=float(stats.t.cdf(gains.mean() / scale, n - 1)) if n > 1 else math.nan,
         seeds_needed=seeds_needed(gains), **rope_posterior(gains, metric))
 
-# %% ../nbs/lib/statistics.ipynb #6b35a946
+# %% ../nbs/lib/statistics.ipynb #d67c8c92
 def holm(p:pd.Series) -> pd.Series:
     "Holm's adjusted p values of one family; NaN, where there is no test, stays NaN."
     x, n = p.to_numpy(), p.count()
@@ -296,41 +295,16 @@ def paired_differences(
     runs."""
     return compare_arms(pivot(results, at), arm, rivals, metrics, level)
 
-def over_datasets(wide:pd.DataFrame) -> pd.DataFrame:
-    """A `pivot` with one data set, 'both': at each seed that all data sets have, the geometric mean of the
-    losses and the mean of the accuracies. So an effect over both is the mean of the effects."""
-    losses = [column for column in wide if kind_of(column[1]) == 'loss']
-    logs, n = wide.copy(), wide.index.unique('dataset').size
-    logs[losses] = np.log(logs[losses])
-    both = logs.groupby('seed').sum(min_count=n) / n
-    both[losses] = np.exp(both[losses])
-    return pd.concat({'both': both}, names=['dataset'])
-
-# %% ../nbs/lib/statistics.ipynb #a5859ad3
+# %% ../nbs/lib/statistics.ipynb #02443073
 def final_table(
     results:Results, # finished runs and diverged ones
     at:str='last', # the 'last' epoch, or each metric's own 'best' one
-    by:Sequence[str]=('dataset', 'arm', 'metric'), # what tells the rows apart, columns of `run_values`
 ) -> pd.DataFrame:
-    "The columns `by`, n (finished runs), diverged, mean and its 95 % interval (low, high) over seeds."
-    if not set(SETTING) & set(by): check_one_run_each(select(results).runs)
-    groups = run_values(results, at).groupby(list(by), sort=False)['value']
-    return pd.DataFrame([dict(zip(by, name, strict=True), n=part.count(), diverged=part.isna().sum(),
-                              **mean_interval(part.dropna())._asdict()) for name, part in groups])
-
-def readable(table:pd.DataFrame) -> pd.DataFrame:
-    """A `final_table` to read: a row a data set, arm and n, a column a metric, the mean ± half of the
-    interval."""
-    half = (table['high'] - table['low']) / 2
-    text = table['mean'].map('{:.4f}'.format) + half.map(lambda x: f' ± {x:.4f}' if math.isfinite(x) else '')
-    cells = table.assign(text=text).pivot(index=['dataset', 'arm', 'n'], columns='metric', values='text')
-    return cells.reindex(columns=METRICS).sort_index(level=0, ascending=False, sort_remaining=False)
-
-def rate_table(results:Results, metric:str='valid accuracy', at:str='last') -> pd.DataFrame:
-    "The `final_table` of one metric by data set, arm and setting (optimizer, momentum, lr)."
-    where = ['dataset', 'arm', *SETTING]
-    table = final_table(results, at, [*where, 'metric']).query('metric == @metric')
-    return table.drop(columns='metric').sort_values(where, ignore_index=True)
+    "dataset, arm, metric, n (finished runs), diverged, mean and its 95 % interval (low, high) over seeds."
+    check_one_run_each(select(results).runs)
+    groups = run_values(results, at).groupby(['dataset', 'arm', 'metric'], sort=False)['value']
+    rows = [(*name, part.count(), part.isna().sum(), *mean_interval(part.dropna())) for name, part in groups]
+    return pd.DataFrame(rows, columns=['dataset', 'arm', 'metric', 'n', 'diverged', 'mean', 'low', 'high'])
 
 def at_settings(results:Results, chosen:pd.DataFrame) -> Results:
     """The runs of each arm at the setting `chosen` for it: dataset, arm, optimizer, momentum, lr
@@ -469,7 +443,7 @@ def seeds_and_images(
                          images_low=over_both.low, images_high=over_both.high))
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/statistics.ipynb #83bce515
+# %% ../nbs/lib/statistics.ipynb #7ddb1fea
 COVERS = {  # what an interval or a probability covers, and what it leaves out
     'seeds': 'The interval covers the choice of seeds (initial weights, order of the images); it leaves out '
              'other test images, other settings and other networks.',
@@ -496,8 +470,8 @@ def in_words(row:Any) -> str:
     "A row of `compare_arms`: the effect, its verdict, the seeds won, and where the mean lies against `ROPE`."
     unit = '%' if kind_of(row.metric) == 'loss' else 'points'
     claimed, rope = (f'{100 * abs(size[kind_of(row.metric)]):g} {unit}' for size in (CLAIMED, ROPE))
-    where, diverged = DATASET_LABELS.get(row.dataset, 'both data sets'), f', {row.diverged} more diverged'
-    return (f'{where}, {row.metric} against {label(row.rival)}: {effect_in_words(row)} over {row.n} pairs'
-            f'{diverged if row.diverged else ""}; {row.verdict}, ahead at {row.wins:.0%} of the seeds. '
-            f'Probability of a mean difference within {rope}: {probability_in_words(row.p_equivalent)}; '
+    diverged = f', {row.diverged} more diverged' if row.diverged else ''
+    return (f'{DATASET_LABELS[row.dataset]}, {row.metric} against {label(row.rival)}: '
+            f'{effect_in_words(row)} over {row.n} pairs{diverged}; {row.verdict}, '
+            f'ahead at {row.wins:.0%} of the seeds. Probability of a mean difference within {rope}: {probability_in_words(row.p_equivalent)}; '
             f'of one better by {claimed}: {probability_in_words(row.p_claimed)}.')
