@@ -443,7 +443,7 @@ def seeds_and_images(
                          images_low=over_both.low, images_high=over_both.high))
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/statistics.ipynb #7ddb1fea
+# %% ../nbs/lib/statistics.ipynb #1401593a
 COVERS = {  # what an interval or a probability covers, and what it leaves out
     'seeds': 'The interval covers the choice of seeds (initial weights, order of the images); it leaves out '
              'other test images, other settings and other networks.',
@@ -473,5 +473,6 @@ def in_words(row:Any) -> str:
     diverged = f', {row.diverged} more diverged' if row.diverged else ''
     return (f'{DATASET_LABELS[row.dataset]}, {row.metric} against {label(row.rival)}: '
             f'{effect_in_words(row)} over {row.n} pairs{diverged}; {row.verdict}, '
-            f'ahead at {row.wins:.0%} of the seeds. Probability of a mean difference within {rope}: {probability_in_words(row.p_equivalent)}; '
+            f'ahead at {row.wins:.0%} of the seeds. Probability of a mean difference within {rope}: '
+            f'{probability_in_words(row.p_equivalent)}; '
             f'of one better by {claimed}: {probability_in_words(row.p_claimed)}.')
