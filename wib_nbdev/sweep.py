@@ -7,7 +7,7 @@ __all__ = ['MADE_WITH', 'SETTINGS', 'Record', 'grid', 'SweepError', 'DamagedRun'
            'library_commit', 'load_results', 'committed_results', 'run_sweep', 'write_results', 'restore_runs',
            'estimate_seconds', 'verify']
 
-# %% ../nbs/lib/sweep.ipynb #5d9cdd99
+# %% ../nbs/lib/sweep.ipynb #b3779000
 import errno
 import io
 import itertools
@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
@@ -275,7 +275,7 @@ def _run_all(
             raise SweepError('a worker died three times with no run ended between (memory?); '
                              f'{len(left)} runs are left: run the same sweep again to go on') from error
 
-# %% ../nbs/lib/sweep.ipynb #277fe9a4
+# %% ../nbs/lib/sweep.ipynb #a48d8b4d
 _RUN_NAME = re.compile(r'-s\d+-[0-9a-f]{10}\.parquet$')  # the folder may hold other files as well
 
 def _join(found: Sequence[Results]) -> Results:
@@ -288,7 +288,6 @@ def _join(found: Sequence[Results]) -> Results:
 
 def load_results(
     path:str | Path | None=None,
-    keys:Collection[str] | None=None,
 ) -> Results:
     """Runs of a store, or of a folder of merged results.
 
@@ -296,8 +295,6 @@ def load_results(
     ----------
     path : path, optional
         The folder; else the environment variable WIB_RESULTS, else the results inside the package.
-    keys : collection of str, optional
-        Which runs; all if None.
 
     Returns
     -------
@@ -322,10 +319,9 @@ def load_results(
     if (folder / 'runs.csv').exists(): results = _read_merged(folder)
     else:
         files = [file for file in sorted(folder.glob('*.parquet')) if _RUN_NAME.search(file.name)]
-        found = [_read_run(file) for file in files if keys is None or file.stem in keys]
+        found = [_read_run(file) for file in files]
         if not found: raise FileNotFoundError(f'{folder} holds no runs: name another folder, or run a sweep')
         results = _join(found)
-    if keys is not None: results = Results(*(frame[frame['key'].isin(list(keys))] for frame in results))
     versions = results.runs[list(MADE_WITH)].drop_duplicates().to_dict('records')
     if len(versions) > 1:
         raise SweepError(f"{folder} mixes runs of {' and '.join(map(str, versions))}: use a folder for each")
