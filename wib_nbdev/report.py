@@ -7,32 +7,38 @@ __all__ = ['PAPER', 'PROJECT', 'SITE', 'QUANTITIES', 'WHAT_IS_PROMISED', 'TOO_SM
            'PICTURES', 'THEME_TITLES', 'main_setting', 'setting_in_words', 'state_of', 'against_relu', 'headline',
            'change', 'numbers', 'Promise', 'promises', 'as_markdown', 'mark', 'explain_mark', 'count_verdicts',
            'provenance', 'reason', 'measured', 'verdict_table', 'full_reproduction', 'terminal_summary', 'as_svgs',
-           'Picture', 'render', 'write_report']
+           'Picture', 'explorable', 'render', 'write_report']
 
-# %% ../nbs/lib/report.ipynb #46bc64ac
+# %% ../nbs/lib/report.ipynb #71e29c56
+import base64
+import hashlib
 import io
 import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from .activations import EQ7_SHIFT, figure_5
+from wib_nbdev.activations import (
+    CENTRED_GAIN, CENTRED_SHIFT, EQ7_SHIFT, figure_5, simulate_depth, wib_relu,
+)
 from wib_nbdev.claims import (
     DATASETS, JUDGED, PROMISES, THEMES, VERDICTS, Evidence, MissingRuns, Test, committed_verdicts, grade,
     judge, ratio, some,
 )
 from .comparison import figure_12, figure_13, figure_forest, figure_rates, figure_speed
 from .config import TrainConfig
-from .initializers import figure_3b
+from .initializers import SCHEMES, figure_3b
 from .mean_shift import figure_4
 from .models import figure_6
 from .plan import MAIN, PAPER_ARMS, SETTINGS
@@ -537,14 +543,50 @@ def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
     svgs = as_svgs(figure, f'{picture.name}: {picture.shows}', prefix)
     return dict(drawn, said=figure.get_suptitle(), svgs=svgs)
 
-# %% ../nbs/lib/report.ipynb #b6595dff
+# %% ../nbs/lib/report.ipynb #f9aafaff
+_TEMPLATES = Environment(loader=PackageLoader('wib_nbdev'), autoescape=True, undefined=StrictUndefined,
+                         trim_blocks=True, lstrip_blocks=True)
+_UNITS = ('relu', 'leaky_relu', 'prelu', 'elu', 'gelu', 'selu', 'silu', 'tanh')
+_GAINS = {'Kaiming’s gain': SCHEMES['kaiming_normal'].gain, 'the centred gain': CENTRED_GAIN,
+          'PyTorch’s default gain': SCHEMES['pytorch_default'].gain}
+_STARTS = {'The paper: Kaiming’s gain': ('Kaiming’s gain', EQ7_SHIFT),
+           'The centred gain': ('the centred gain', CENTRED_SHIFT),
+           'PyTorch’s default weights': ('PyTorch’s default gain', EQ7_SHIFT)}
+
+def _measure(shift: float, gain: float, layers: list[int], **size: int) -> dict[str, Any]:
+    "Mean and second moment of real networks at some layers, a row a network."
+    generator = torch.Generator().manual_seed(0)
+    frame = simulate_depth(lambda z: wib_relu(z, shift), gain, layers[-1], generator=generator, **size)
+    frame = frame[frame['layer'].isin(layers)].assign(second=frame['mean']**2 + frame['std']**2)
+    stats = {stat: [[float(f'{x:.4g}') for x in row] for row in frame.pivot(index='trial', columns='layer',
+                    values=stat).to_numpy()] for stat in ('mean', 'second')}
+    return dict(unit='relu', shift=shift, gain=gain, **stats)
+
+@cache
+def _explorable_data() -> dict[str, Any]:
+    "What the explorable holds: units, settings with a name, and measured networks."
+    layers, size = [1, 2, 3, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50], dict(width=256, n_inputs=64, n_trials=5)
+    starts = {name: dict(unit='relu', shift=shift, gain=_GAINS[gain]) for name, (gain, shift) in _STARTS.items()}
+    measured = [_measure(shift, start['gain'], layers, **size)
+                for start in starts.values() for shift in (0.0, start['shift'])]
+    return dict(units={name: label(name) for name in _UNITS}, starts=starts, layers=layers, measured=measured,
+                named=dict(gain=_GAINS, shift={'Eq. 7': EQ7_SHIFT, 'centred': CENTRED_SHIFT}), **size)
+
+def explorable() -> Markup:
+    """The HTML of an element in which shift, gain, depth and activation can be moved, to stand in any page
+    that sets `color-scheme`."""
+    return Markup(_TEMPLATES.get_template('explorable.html').render(data=_explorable_data()))
+
+def _script_digest(html: str) -> str:
+    "What names the one script of the explorable in a content security policy."
+    script = html[html.index('<script>') + len('<script>'):html.rindex('</script>')]
+    return f'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'
+
+# %% ../nbs/lib/report.ipynb #fde83815
 THEME_TITLES = dict(zip(THEMES, (
     'The promises', 'How signals spread through layers', 'Which initial weights are best',
     'Inside the network while it trains', 'How smoothly and how fast it trains',
     'WIB-ReLU against its four rivals'), strict=True))
-_TEMPLATES = Environment(loader=PackageLoader('wib_nbdev'), autoescape=True, undefined=StrictUndefined,
-                         trim_blocks=True, lstrip_blocks=True)
-
 def _pair(own: Any, there: Any, sample: bool) -> tuple[Any, Any]:
     """The verdict that counts and the one beside it, rows of `judge`. Where these runs are of the sample, the
     full reproduction's counts."""
@@ -605,7 +647,7 @@ def _trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]
               'definition of “nearly zero”.')
     return [ran, pairs, *[worlds] * bool(counts), *[WORTH] * bool(evidence.setting.get('sample'))]
 
-# %% ../nbs/lib/report.ipynb #545911f1
+# %% ../nbs/lib/report.ipynb #db038035
 def _judged(results: Results, setting: Mapping[str, Any], committed: bool = False) -> pd.DataFrame:
     "The verdicts on these runs; those that were committed with them, if they are whole."
     known = committed_verdicts().fillna({'worlds': ''})
@@ -649,8 +691,9 @@ def render(
     judged = _judged(results, chosen, committed) if verdicts is None else verdicts
     with style.context(_PLAIN): page = _page(results, chosen, judged, full)
     links = dict(paper=PAPER, project=PROJECT, site=SITE)
+    explore = explorable()
     return _TEMPLATES.get_template('report.html').render(
-        page, made=made, links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(DATASET_LABELS.values()))
+        page, made=made, explorable=explore, script_digest=_script_digest(explore), links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(DATASET_LABELS.values()))
 
 def write_report(
     results:Results, # of `sweep.load_results`
