@@ -356,6 +356,7 @@ def test_in_a_browser(visit, page, width, scheme):
       .map(each => each.getBoundingClientRect().right)'''
     assert len(edges := window.evaluate(badges)) >= 6 and max(edges) <= width
     window.evaluate(UNFOLD)
+    assert 'With shift' in window.inner_text('.explorable .said'), 'the policy lets its script run'
     assert window.evaluate('document.documentElement.scrollWidth') <= width
     boxes = window.evaluate('''() => [...document.querySelectorAll('svg')].map(svg => {
       const box = svg.getBoundingClientRect(); return [box.width, box.height] })''')

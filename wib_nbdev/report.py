@@ -543,9 +543,10 @@ def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
     svgs = as_svgs(figure, f'{picture.name}: {picture.shows}', prefix)
     return dict(drawn, said=figure.get_suptitle(), svgs=svgs)
 
-# %% ../nbs/lib/report.ipynb #f9aafaff
+# %% ../nbs/lib/report.ipynb #ca049d81
 _TEMPLATES = Environment(loader=PackageLoader('wib_nbdev'), autoescape=True, undefined=StrictUndefined,
                          trim_blocks=True, lstrip_blocks=True)
+_TEMPLATES.filters['code'] = lambda text: Markup(re.sub(r'`([^`]+)`', r'<code>\1</code>', str(escape(text))))
 _UNITS = ('relu', 'leaky_relu', 'prelu', 'elu', 'gelu', 'selu', 'silu', 'tanh')
 _GAINS = {'Kaiming’s gain': SCHEMES['kaiming_normal'].gain, 'the centred gain': CENTRED_GAIN,
           'PyTorch’s default gain': SCHEMES['pytorch_default'].gain}
@@ -558,15 +559,17 @@ def _measure(shift: float, gain: float, layers: list[int], **size: int) -> dict[
     generator = torch.Generator().manual_seed(0)
     frame = simulate_depth(lambda z: wib_relu(z, shift), gain, layers[-1], generator=generator, **size)
     frame = frame[frame['layer'].isin(layers)].assign(second=frame['mean']**2 + frame['std']**2)
-    stats = {stat: [[float(f'{x:.4g}') for x in row] for row in frame.pivot(index='trial', columns='layer',
-                    values=stat).to_numpy()] for stat in ('mean', 'second')}
+    rows = {stat: frame.pivot(index='trial', columns='layer', values=stat).to_numpy()
+            for stat in ('mean', 'second')}
+    stats = {stat: [[float(f'{x:.4g}') for x in row] for row in table] for stat, table in rows.items()}
     return dict(unit='relu', shift=shift, gain=gain, **stats)
 
 @cache
 def _explorable_data() -> dict[str, Any]:
     "What the explorable holds: units, settings with a name, and measured networks."
     layers, size = [1, 2, 3, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50], dict(width=256, n_inputs=64, n_trials=5)
-    starts = {name: dict(unit='relu', shift=shift, gain=_GAINS[gain]) for name, (gain, shift) in _STARTS.items()}
+    starts: dict[str, dict[str, Any]] = {name: dict(unit='relu', shift=shift, gain=_GAINS[gain])
+                                         for name, (gain, shift) in _STARTS.items()}
     measured = [_measure(shift, start['gain'], layers, **size)
                 for start in starts.values() for shift in (0.0, start['shift'])]
     return dict(units={name: label(name) for name in _UNITS}, starts=starts, layers=layers, measured=measured,
@@ -647,7 +650,7 @@ def _trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]
               'definition of “nearly zero”.')
     return [ran, pairs, *[worlds] * bool(counts), *[WORTH] * bool(evidence.setting.get('sample'))]
 
-# %% ../nbs/lib/report.ipynb #db038035
+# %% ../nbs/lib/report.ipynb #54f3cf6f
 def _judged(results: Results, setting: Mapping[str, Any], committed: bool = False) -> pd.DataFrame:
     "The verdicts on these runs; those that were committed with them, if they are whole."
     known = committed_verdicts().fillna({'worlds': ''})
@@ -691,9 +694,10 @@ def render(
     judged = _judged(results, chosen, committed) if verdicts is None else verdicts
     with style.context(_PLAIN): page = _page(results, chosen, judged, full)
     links = dict(paper=PAPER, project=PROJECT, site=SITE)
-    explore = explorable()
+    part = explorable()
     return _TEMPLATES.get_template('report.html').render(
-        page, made=made, explorable=explore, script_digest=_script_digest(explore), links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(DATASET_LABELS.values()))
+        page, made=made, links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(DATASET_LABELS.values()),
+        explorable=part, script_digest=_script_digest(part))
 
 def write_report(
     results:Results, # of `sweep.load_results`
