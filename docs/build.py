@@ -139,7 +139,7 @@ def card(name: str, minutes: dict[str, str]) -> str:
 def front_page(chapters: list[str]) -> str:
     "The README, with the explorable and a map of the chapters in pictures after what was found."
     text = (ROOT / 'README.md').read_text().replace('](nbs/', '](').replace('](docs/', '](')
-    minutes = dict(re.findall(r'\((\w+)\.ipynb\)[^|\n]*\|[^|\n]*\| (\d+) \|', text))
+    minutes = dict(re.findall(r'\((\w+)\.ipynb\) \|[^|\n]*\| (\d+) \|', text))
     cards = '\n\n'.join([':::::{container} cards', *(card(name, minutes) for name in chapters), ':::::\n'])
     found, *sections = re.split(r'^(?=## )', text, flags=re.M)
     found = re.sub(r'^(?=\| the paper promises)', '{.promises}\n', found, flags=re.M)

@@ -223,7 +223,7 @@ def numbers(
     seeds = ' to '.join(map(str, sorted({n.min(), n.max()})))
     return f"WIB-ReLU against ReLU over {seeds} paired seeds, with 95 % intervals: {'; '.join(parts)}."
 
-# %% ../nbs/lib/report.ipynb #b380d706
+# %% ../nbs/lib/report.ipynb #1ba55432
 class Promise(NamedTuple):
     "A promise of the paper, the quantity that shows it, and the rule of its verdict in plain words."
     text: str
@@ -260,8 +260,8 @@ def promises(
     results:Results | pd.DataFrame, # of `sweep.load_results`, or the table of `against_relu`
     setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
 ) -> pd.DataFrame:
-    """A row a promise, as text: what is promised, the quantity, its change from ReLU to WIB-ReLU on each data
-    set, the verdict, and when it holds."""
+    """A row a promise, as text: what is promised, the verdict, the change from ReLU to WIB-ReLU on each data
+    set, of which quantity, and when it holds."""
     rows, table = [], _table(results, setting)
     for promise in WHAT_IS_PROMISED:
         found = {row.dataset: row for row in table.itertuples() if row.quantity == promise.quantity}
@@ -269,8 +269,8 @@ def promises(
         verdict = grade(*whole, part=some(part)) if len(found) == len(DATASETS) else VERDICTS[-1]
         cells = {DATASET_LABELS[name]: 'not run' for name in DATASETS}
         cells |= {DATASET_LABELS[name]: change(row) for name, row in found.items()}
-        rows.append({'the paper promises': promise.text, 'WIB-ReLU minus ReLU': QUANTITIES[promise.quantity],
-                     **cells, 'verdict': verdict, 'holds if': promise.rule})
+        rows.append({'the paper promises': promise.text, 'verdict': verdict, **cells,
+                     'measured by': QUANTITIES[promise.quantity], 'holds if': promise.rule})
     return pd.DataFrame(rows)
 
 def as_markdown(
