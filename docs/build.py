@@ -86,6 +86,23 @@ def put_notebooks() -> list[Path]:
     return names
 
 
+def sections(docstring: str) -> str:
+    "What a NumPy docstring says in its sections, as Markdown."
+    _, *found = re.split(r'^(\w+)\n-+\n', docstring, flags=re.M)
+    parts = []
+    for name, body in zip(found[::2], found[1::2], strict=True):
+        entries = re.sub(r'\n +', ' ', re.sub(r'^(\S.*)\n +', r'- `\1`: ', body, flags=re.M))
+        parts += [f'**{name}**', f'```pycon\n{body}\n```' if name == 'Examples' else entries]
+    return '\n\n'.join(parts)
+
+
+def bare(page: str) -> str:
+    "A page whose signature has no comments, because sections say the same."
+    heading, signature, rest = page.split('```', 2)
+    signature = re.sub(r'(^\)[^#\n]*:).*', r'\1\n', re.sub(r'\n? +#.*', '', signature), flags=re.S | re.M)
+    return f'{heading}```{signature}```{rest}'
+
+
 def api_page(module: str) -> str:
     "Everything public in a module, as nbdev documents it, with a link to each source."
     loaded = importlib.import_module(f'wib_nbdev.{module}')
@@ -95,9 +112,10 @@ def api_page(module: str) -> str:
         thing = getattr(loaded, name)
         if not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
         if thing.__module__ != loaded.__name__: continue
-        page = show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
-        line = inspect.getsourcelines(thing)[1]
-        parts += [tidy(page), f'[source]({repository}/blob/main/wib_nbdev/{module}.py#L{line})']
+        page = tidy(show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_())
+        details = sections(inspect.getdoc(thing) or '')
+        source = f'{repository}/blob/main/wib_nbdev/{module}.py#L{inspect.getsourcelines(thing)[1]}'
+        parts += [bare(page) if '**Parameters**' in details else page, details, f'[source]({source})']
     return '\n\n'.join(parts) + '\n'
 
 
