@@ -7,7 +7,7 @@ __all__ = ['MADE_WITH', 'SETTINGS', 'Record', 'grid', 'SweepError', 'DamagedRun'
            'library_commit', 'load_results', 'committed_results', 'run_sweep', 'write_results', 'restore_runs',
            'estimate_seconds', 'verify']
 
-# %% ../nbs/lib/sweep.ipynb #b3779000
+# %% ../nbs/lib/sweep.ipynb #73f430f1
 import errno
 import io
 import itertools
@@ -28,7 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -46,7 +46,7 @@ from torch.backends.cpu import get_cpu_capability
 from tqdm.auto import tqdm
 
 from .config import RESULTS_VERSION, TrainConfig, one_of
-from .data import load
+from .data import ImageDataset, load
 from .training import RunResult, train
 
 # %% ../nbs/lib/sweep.ipynb #11cda1d3
@@ -179,7 +179,7 @@ def _read_run(path: Path) -> Results:
         raise DamagedRun(f'{path} is damaged ({reason}): move it away and run the same sweep') from error
     return results
 
-# %% ../nbs/lib/sweep.ipynb #b5f336c2
+# %% ../nbs/lib/sweep.ipynb #359f24e0
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
 SETTINGS = {}
 if _X86: SETTINGS = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
@@ -195,7 +195,12 @@ def library_commit() -> str:
         return git('rev-parse', '--short=7', 'HEAD') + '+' * bool(edited)
     except (OSError, subprocess.CalledProcessError): return ''
 
-_load_once = cache(load)  # by each worker: paths travel, arrays do not
+_LOADED: dict[tuple[str, bool, str | None], ImageDataset] = {}  # by each worker: paths travel, arrays do not
+
+def _load_once(dataset: str, sample: bool, root: str | None) -> ImageDataset:
+    key = (dataset, sample, root)  # not functools' cache, which a notebook cannot send to a worker
+    if key not in _LOADED: _LOADED[key] = load(dataset, root=root, sample=sample)
+    return _LOADED[key]
 
 def _begin_worker(driver: int) -> None:
     "Leaves Ctrl-C to the driver, and ends this process once the driver is gone."
@@ -214,7 +219,7 @@ def _run_one(config: TrainConfig, record: bool | dict[str, Any], root: str | Non
         raise SweepError(f'the worker on {platform.node()} uses {capability}: start it with {settings}')
     torch.set_num_threads(1)
     clock = time.perf_counter()
-    result = train(config, _load_once(config.dataset, root, config.sample), record, progress=False)
+    result = train(config, _load_once(config.dataset, config.sample, root), record, progress=False)
     made = dict(seconds=time.perf_counter() - clock, results_version=RESULTS_VERSION, commit=library_commit(),
                 made_at=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}')
     return _to_results(result, {**made, **result.environment})
