@@ -169,6 +169,11 @@ def _judge(results: Any) -> Any:
     setting = main_setting(results)
     return judge(results, None if setting == MAIN else setting)
 
+def _print_verdicts(verdicts: Any) -> None:
+    "A line a claim."
+    for row in verdicts.itertuples():
+        print(f"{row.id:18} {row.verdict:17} {textwrap.shorten(row.why, 110, placeholder=' …')}")
+
 @dataclass
 class Reproduce:
     """Train the paper's networks on both data sets, judge what it says, and write a report. A second call
@@ -181,6 +186,7 @@ class Reproduce:
     preset: Literal['quick', 'paper'] = 'quick' # quick: a small sample, minutes; paper: the full data, hours
     out: Path = Path('runs') # folder of the runs and of the report
     workers: _Workers = field(default_factory=Workers)
+    all: bool = False # print the verdict on every claim
 
     def run(self) -> int:
         "Makes the runs, prints a summary and writes the report; 1 if a run failed."
@@ -194,7 +200,9 @@ class Reproduce:
         else:
             results = self.workers.call(run_plan, store)
             configs += [*edge_plan(results), *best_rate_plan(results)]
-        page = write_report(results, store / 'report.html', verdicts=_judge(results), made=_now())
+        verdicts = _judge(results)
+        page = write_report(results, store / 'report.html', verdicts=verdicts, made=_now())
+        if self.all: _print_verdicts(verdicts)
         print(terminal_summary(results, page))
         return int(not {config.key for config in configs} <= set(results.runs['key']))
 
@@ -218,8 +226,7 @@ class Claims:
         if self.store or verdicts.empty: verdicts = _judge(load_results(self.store))
         if self.json: _show(verdicts, True)
         else:
-            for row in verdicts.itertuples():
-                print(f"{row.id:18} {row.verdict:17} {textwrap.shorten(row.why, 110, placeholder=' …')}")
+            _print_verdicts(verdicts)
             print(f'\n{textwrap.fill(summary(verdicts), 110)}')
         return 0
 
