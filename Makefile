@@ -37,10 +37,8 @@ test: $(DEV)  ## create .venv, install, run every notebook and the tests: minute
 test-all: $(BENCH) $(DOCS)  ## the slow tests too: killed processes, full disks, many networks, the browser: an hour or more
 	@$(BIN)/python -m pytest -n auto --run-slow
 
-cuda: $(BENCH)  ## on a machine with a CUDA device: its tests, its notebook cells, and the training benchmark
-	@$(BIN)/python -m pytest -m cuda
-	@$(BIN)/nbdev_test --flags cuda --path nbs/06_training.ipynb --n_workers 0
-	@$(BIN)/python benchmarks/training.py
+cuda: $(BENCH)  ## on a machine with a CUDA device: its tests, its notebook cells, and a benchmark: 8 minutes
+	@$(BIN)/python tools/cuda.py --root data
 
 results: $(PINNED)  ## run what the full reproduction lacks (hours; resumes), and merge it
 	@$(BIN)/python -m wib_nbdev data --download > /dev/null

@@ -99,7 +99,7 @@ def get_images(root: str | None, n: int) -> tuple[Tensor, Tensor, str]:
     "n standardised images and labels: of the full data if it is there, else of the sample, repeated."
     try: data = load('fashion_mnist', root=root, download=False)
     except FileNotFoundError: data = load('fashion_mnist', sample=True)
-    images = standardise(data.x_train, *channel_stats(data.x_train), memory_format=torch.channels_last)
+    images = standardise(data.x_train, *channel_stats(data.x_train))
     take = torch.arange(n) % len(images)
     return images[take].contiguous(memory_format=torch.channels_last), data.y_train[take], data.source
 

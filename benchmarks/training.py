@@ -1,6 +1,7 @@
 """One epoch of Fashion-MNIST with statistics at every iteration, beside fastai, Lightning and a plain loop.
 
     python benchmarks/training.py --root data --rounds 3 --out training.json
+    python benchmarks/training.py --device cuda
 
 Every rival trains the same plain CNN (channels_last) with Adam in batches of 256 and validates, as its users
 write it. The clock runs from the tensors or data sets in memory and all imports done to the end of
@@ -48,6 +49,7 @@ class Options:
     rounds: int = 3  # whole epochs of each rival; 0 for none
     turns: int = 30  # small epochs of each rival; 0 for none
     threads: int = 2  # threads of torch
+    device: str = 'cpu'  # where all rivals train: 'cpu' or 'cuda'
     only: tuple[str, ...] = ()  # parts of names: just these rivals, and the floor (default: all)
     rival: str | None = None  # run this one alone, once, and print its seconds and peak memory as JSON
     out: Path | None = None  # where to write the numbers as JSON
@@ -59,6 +61,7 @@ class Data:
     root: Path
     n_train: int = 60_000
     n_valid: int = 10_000
+    device: str = 'cpu'
 
     def images(self) -> ImageDataset:
         whole = load('fashion_mnist', self.root)
@@ -71,12 +74,12 @@ def tensors(data: Data) -> tuple[torch.Tensor, ...]:
     images = data.images()
     mean, std = channel_stats(images.x_train)
     x_train, x_test = (standardise(x, mean, std) for x in (images.x_train, images.x_test))
-    return x_train, images.y_train, x_test, images.y_test
+    return tuple(each.to(data.device) for each in (x_train, images.y_train, x_test, images.y_test))
 
 
-def network() -> nn.Sequential:
+def network(device: str) -> nn.Sequential:
     torch.manual_seed(0)
-    return plain_cnn(1).to(memory_format=torch.channels_last)
+    return plain_cnn(1).to(device, memory_format=torch.channels_last)
 
 
 def naive_hooks(model: nn.Module, rows: list[tuple[float, ...]]) -> None:
@@ -101,7 +104,7 @@ Epoch = Callable[[], object]
 
 def floor(data: Data) -> Epoch:
     x, y, *_ = tensors(data)
-    x, y, model = x[:BATCH].to(memory_format=torch.channels_last), y[:BATCH], network()
+    x, y, model = x[:BATCH].to(memory_format=torch.channels_last), y[:BATCH], network(data.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
     def epoch() -> None:
         for _ in range(-(-data.n_train // BATCH)): step(model, optimizer, x, y)
@@ -117,18 +120,20 @@ AS_FASTAI = dict(layers=['conv1', 'conv2', 'conv3', 'conv4'], near_zero=['near_z
 def ours(record: bool | dict[str, Any]) -> Callable[[Data], Epoch]:
     def prepare(data: Data) -> Epoch:
         images = data.images()
-        return lambda: train(TrainConfig(epochs=1, device='cpu'), images, record=record, progress=False)
+        return lambda: train(TrainConfig(epochs=1, device=data.device), images, record=record, progress=False)
     return prepare
 
 
-def loop(batches: DataLoader, valid: DataLoader) -> Epoch:
+def loop(batches: DataLoader, valid: DataLoader, device: str) -> Epoch:
     def epoch() -> None:
-        model, rows = network(), []
+        model, rows = network(device), []
         naive_hooks(model, rows)
         optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-        for x, y in batches: step(model, optimizer, x.to(memory_format=torch.channels_last), y)
+        for x, y in batches:
+            step(model, optimizer, x.to(device, memory_format=torch.channels_last), y.to(device))
         model.eval()
-        with torch.no_grad(): sum((model(x).argmax(1) == y).sum().item() for x, y in valid)
+        with torch.no_grad():
+            sum((model(x.to(device)).argmax(1) == y.to(device)).sum().item() for x, y in valid)
     return epoch
 
 
@@ -141,7 +146,7 @@ def torchvision_loaders(data: Data) -> tuple[DataLoader, DataLoader]:
     return tuple(DataLoader(images, BATCH, shuffle=part) for part, images in few.items())
 
 
-def loop_torchvision(data: Data) -> Epoch: return loop(*torchvision_loaders(data))
+def loop_torchvision(data: Data) -> Epoch: return loop(*torchvision_loaders(data), data.device)
 
 
 def loop_in_memory(data: Data) -> Epoch:
@@ -149,23 +154,23 @@ def loop_in_memory(data: Data) -> Epoch:
     class Batches:
         def __init__(self, x: torch.Tensor, y: torch.Tensor): self.x, self.y = x, y
         def __iter__(self):
-            order = torch.randperm(len(self.x))
+            order = torch.randperm(len(self.x), device=self.x.device)
             return ((self.x[part], self.y[part]) for part in order.split(BATCH))
-    return loop(Batches(x, y), Batches(x_valid, y_valid))
+    return loop(Batches(x, y), Batches(x_valid, y_valid), data.device)
 
 
-def fastai_learner(batches: DataLoader, valid: DataLoader) -> Epoch:
+def fastai_learner(batches: DataLoader, valid: DataLoader, device: str) -> Epoch:
     import fastai.callback.progress  # noqa: F401  gives a Learner its no_bar
     from fastai.callback.hook import ActivationStats
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.metrics import accuracy
     from fastcore.foundation import L
-    model = network()
+    model = network(device)
     stats = ActivationStats(modules=L(module for module in model.modules()
                                       if isinstance(module, ACTIVATION_TYPES)))
-    learner = Learner(DataLoaders(batches, valid), model, loss_func=F.cross_entropy, metrics=accuracy,
-                      cbs=stats)
+    loaders = DataLoaders(batches, valid, device=device)
+    learner = Learner(loaders, model, loss_func=F.cross_entropy, metrics=accuracy, cbs=stats)
     def epoch() -> None:
         with learner.no_bar(), learner.no_logging(): learner.fit(1, LR)
     return epoch
@@ -176,7 +181,7 @@ def fastai_tensors(data: Data) -> Epoch:
     x, y, x_valid, y_valid = tensors(data)
     sets = TensorDataset(x, y), TensorDataset(x_valid, y_valid)
     return fastai_learner(FastaiLoader(sets[0], bs=BATCH, shuffle=True, num_workers=0),
-                          FastaiLoader(sets[1], bs=BATCH, num_workers=0))
+                          FastaiLoader(sets[1], bs=BATCH, num_workers=0), data.device)
 
 
 def fastai_hand_made(data: Data) -> Epoch:
@@ -185,13 +190,14 @@ def fastai_hand_made(data: Data) -> Epoch:
     class Slices:
         def __init__(self, x: torch.Tensor, y: torch.Tensor, shuffle: bool):
             self.x, self.y, self.shuffle = x, y, shuffle
-            self.device, self.after_batch = torch.device('cpu'), None
+            self.device, self.after_batch = x.device, None
         def __len__(self) -> int: return -(-len(self.x) // BATCH)
         def __iter__(self):
-            order = torch.randperm(len(self.x)) if self.shuffle else torch.arange(len(self.x))
+            draw = torch.randperm if self.shuffle else torch.arange
+            order = draw(len(self.x), device=self.device)
             return ((self.x[part], self.y[part]) for part in order.split(BATCH))
         def to(self, device): return self
-    return fastai_learner(Slices(x, y, True), Slices(x_valid, y_valid, False))
+    return fastai_learner(Slices(x, y, True), Slices(x_valid, y_valid, False), data.device)
 
 
 def lightning_torchvision(data: Data) -> Epoch:
@@ -200,14 +206,15 @@ def lightning_torchvision(data: Data) -> Epoch:
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model, self.rows = network(), []
+            self.model, self.rows = network('cpu'), []
             naive_hooks(self.model, self.rows)
         def training_step(self, batch, i): return F.cross_entropy(self.model(batch[0]), batch[1])
         def validation_step(self, batch, i):
             self.log('accuracy', (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
         def configure_optimizers(self): return torch.optim.Adam(self.parameters(), lr=LR, fused=True)
-    settings = dict(max_epochs=1, accelerator='cpu', num_sanity_val_steps=0, logger=False,
-                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    settings = dict(max_epochs=1, accelerator='gpu' if data.device == 'cuda' else 'cpu',
+                    num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
+                    enable_progress_bar=False, enable_model_summary=False)
     loaders, module = torchvision_loaders(data), Module()
     return lambda: lightning.Trainer(**settings).fit(module, *loaders)
 
@@ -233,14 +240,21 @@ def get_ready(threads: int) -> None:
 def seconds_of(epoch: Epoch) -> float:
     clock = time.perf_counter()
     epoch()
+    if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter() - clock
 
 
 def alone(name: str, options: Options) -> None:
     "Runs one rival in this process and prints what it took; loading the data and importing are not counted."
     get_ready(options.threads)
-    seconds = seconds_of(RIVALS[name][1](Data(options.root)))
+    epoch = RIVALS[name][1](Data(options.root, device=options.device))
+    if options.device == 'cuda':
+        small = Data(options.root, BATCH, BATCH, options.device)
+        RIVALS[name][1](small)()  # a process's first batch on a GPU loads its kernels
+        torch.cuda.reset_peak_memory_stats()
+    seconds = seconds_of(epoch)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if options.device == 'cuda': peak_mb = torch.cuda.max_memory_allocated() / 2**20
     print(json.dumps(dict(seconds=seconds, peak_mb=peak_mb)))
 
 
@@ -251,7 +265,7 @@ def whole_epochs(names: list[str], options: Options) -> pd.DataFrame:
         for turn in range(options.rounds):
             for name in names:
                 words = [sys.executable, __file__, '--root', options.root.absolute(),
-                         '--threads', options.threads, '--rival', name]
+                         '--threads', options.threads, '--device', options.device, '--rival', name]
                 run = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=elsewhere)
                 if run.returncode:
                     error = run.stderr.strip().splitlines()[-1]
@@ -266,7 +280,8 @@ def whole_epochs(names: list[str], options: Options) -> pd.DataFrame:
 def small_epochs(names: list[str], options: Options) -> pd.DataFrame:
     "All rivals in this process, in turns: seconds, a row a turn and a column a rival."
     get_ready(options.threads)
-    epochs = {name: RIVALS[name][1](Data(options.root, 20 * BATCH, 3 * BATCH)) for name in names}
+    small = Data(options.root, 20 * BATCH, 3 * BATCH, options.device)
+    epochs = {name: RIVALS[name][1](small) for name in names}
     for epoch in epochs.values(): epoch()
     return pd.DataFrame([{name: seconds_of(epoch) for name, epoch in epochs.items()}
                          for _ in trange(options.turns, unit='turn')])
@@ -277,12 +292,13 @@ def main(options: Options) -> None:
     names = [name for name, (package, _) in RIVALS.items() if importlib.util.find_spec(package)]
     names = [name for name in names
              if not options.only or name == names[0] or any(part in name for part in options.only)]
-    report: dict[str, Any] = dict(torch=torch.__version__, threads=options.threads)
+    report: dict[str, Any] = dict(torch=torch.__version__, threads=options.threads, device=options.device)
+    where = f'{options.threads} threads' if options.device == 'cpu' else torch.cuda.get_device_name()
     if options.rounds:
         runs = whole_epochs(names, options)
         columns = dict(seconds=('seconds', 'min'), median=('seconds', 'median'), peak_mb=('peak_mb', 'max'))
         table = runs.groupby('rival', sort=False).agg(**columns)
-        print(f'\nWhole epochs, {options.rounds} rounds, {options.threads} threads\n'
+        print(f'\nWhole epochs, {options.rounds} rounds, {where}\n'
               f'{table.round(2).to_string()}')
         report['whole_epochs'] = runs.to_dict('records')
     if options.turns:
@@ -292,7 +308,7 @@ def main(options: Options) -> None:
         table = table.set_axis(['times the floor', 'quartile', 'quartile '], axis=1)
         us = 'wib_nbdev, statistics'
         if us in names: table['ours faster by'] = turns.div(turns[us], axis=0).median()
-        print(f'\n20 batches in turns, {options.turns} times, {options.threads} threads\n'
+        print(f'\n20 batches in turns, {options.turns} times, {where}\n'
               f'{table.round(2).to_string()}')
         report['small_epochs'] = turns.to_dict('records')
     for name, (package, _) in RIVALS.items():

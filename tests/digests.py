@@ -1,4 +1,4 @@
-"""Digests of short runs, one for each activation: the weights after an epoch of the sample. Prints JSON.
+"""Digests of short runs, each activation on each data set: the weights after an epoch of the sample. As JSON.
 
     python tests/digests.py        # in a process of its own: the instruction set is chosen before torch loads
 """
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from dataclasses import replace
 from importlib import metadata
 from typing import get_args
 
@@ -34,6 +35,7 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     shared = dict(sample=True, epochs=1, device='cpu')
     configs = {name: TrainConfig(activation=name, **shared) for name in get_args(Activation)}
+    configs |= {f'{name}, CIFAR-10': replace(config, dataset='cifar10') for name, config in configs.items()}
     configs['compensated, SGD, CIFAR-10'] = TrainConfig(dataset='cifar10', optimizer='sgd', lr=0.04,
                                                         compensate_bias=True, **shared)
     digests = {name: digest(train(config, progress=False).model) for name, config in configs.items()}

@@ -77,9 +77,8 @@ def small(monkeypatch):
         name, index, pack = KINDS[kind]
         sample = data.load(name, sample=True)
         contents, layouts = pack(sample), list(data._LAYOUTS[name])
-        files = tuple(file._replace(n_bytes=len(content), digest=digest_of(content))
-                      for file, content in zip(layouts[index].files, contents, strict=True))
-        layouts[index] = layouts[index]._replace(files=files)
+        digests = dict(zip(layouts[index].digests, map(digest_of, contents), strict=True))
+        layouts[index] = layouts[index]._replace(digests=digests)
         monkeypatch.setitem(data._LAYOUTS, name, tuple(layouts))
         return layouts[index], contents, sample
     return make
@@ -87,13 +86,13 @@ def small(monkeypatch):
 
 def packages(layout, contents):
     "What the publisher offers: path below the root -> bytes. The archive's order is its own."
-    pairs = [*zip(layout.files, contents, strict=True)]
+    pairs = [*zip(layout.digests, contents, strict=True)]
     if '.tar' not in layout.packed:
         return {layout.package(file): gzip.compress(content) for file, content in pairs}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode='w:gz') as tar:
         for file, content in reversed(pairs):
-            member = tarfile.TarInfo(f'{layout.folder}/{file.name}')
+            member = tarfile.TarInfo(f'{layout.folder}/{file}')
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return {layout.packed: archive.getvalue()}
@@ -101,7 +100,7 @@ def packages(layout, contents):
 
 def write(root, layout, contents, is_packed=False):
     "The files below `root`, unpacked or packed; returns their paths."
-    paths = [f'{layout.folder}/{file.name}' for file in layout.files]
+    paths = [f'{layout.folder}/{file}' for file in layout.digests]
     files = packages(layout, contents) if is_packed else dict(zip(paths, contents, strict=True))
     for path, content in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -122,11 +121,10 @@ def test_each_layout_gives_the_same_images(kind, is_packed, small, tmp_path):
 # Damage
 
 DAMAGES = {
-    'empty': (lambda content: b'', 'is empty'),
-    'cut': (lambda content: content[:-1], 'is cut short'),
-    'longer': (lambda content: content + b'\0', 'is longer'),
-    'bit': (lambda content: content[:-1] + bytes([content[-1] ^ 4]), 'has changed'),
-    'block lost': (lambda content: content[:512] + content[1024:], 'is cut short'),
+    'empty': lambda content: b'',
+    'cut': lambda content: content[:-1],
+    'longer': lambda content: content + b'\0',
+    'bit': lambda content: content[:-1] + bytes([content[-1] ^ 4]),
 }
 
 
@@ -134,21 +132,14 @@ DAMAGES = {
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_damaged_file_is_named(kind, damage, small, tmp_path):
     layout, contents, sample = small(kind)
-    spoil, problem = DAMAGES[damage]
-    path = write(tmp_path, layout, contents)[2]
-    path.write_bytes(spoil(contents[2]))
+    path, spoilt = write(tmp_path, layout, contents)[2], DAMAGES[damage](contents[2])
+    path.write_bytes(spoilt)
+    problem = f'is not the published file: its {len(spoilt):,} bytes have another digest'
     with pytest.raises(ValueError, match=f'{path}: {path.name} {problem}.*Delete it and load again'):
         data.load(sample.name, tmp_path)
     frame = data.inspect(tmp_path).query('dataset == @sample.name')
     assert frame.status.tolist() == ['damaged' if row == 2 else 'whole' for row in range(len(frame))]
     assert frame.problem.iloc[2].startswith(problem) and path.is_file()
-
-
-def test_swapped_files_are_named(small, tmp_path):
-    layout, contents, sample = small('records')
-    write(tmp_path, layout, [contents[1], contents[0], *contents[2:]])
-    with pytest.raises(ValueError, match=r'data_batch_1\.bin holds the content of data_batch_2\.bin'):
-        data.load(sample.name, tmp_path)
 
 
 @pytest.mark.parametrize('kind', ['idx', 'records'])
@@ -166,15 +157,6 @@ def test_an_archive_of_something_else(small, tmp_path):
         tar.addfile(tarfile.TarInfo('cifar-100-python/train'))
     with pytest.raises(ValueError, match='data_batch_1 is not in the archive'):
         data.load(sample.name, tmp_path)
-
-
-def test_a_packed_file_is_not_unpacked_without_limit(small, tmp_path):
-    layout, contents, sample = small('idx')
-    path = write(tmp_path, layout, contents, is_packed=True)[1]
-    path.write_bytes(gzip.compress(bytes(50_000_000)))
-    unpacked = data._unpack(path, layout.files[1:2])
-    assert len(unpacked[layout.files[1].name]) == len(contents[1]) + 1
-    with pytest.raises(ValueError, match='is longer than 1,008 bytes'): data.load(sample.name, tmp_path)
 
 
 def test_a_file_that_may_not_be_read(small, tmp_path):
@@ -198,7 +180,8 @@ def test_an_unverified_pickle_is_never_opened(is_packed, tmp_path):
     trace = tmp_path / 'was opened'
     hostile = pickle.dumps(Touch(trace))
     write(tmp_path, data._LAYOUTS['cifar10'][1], [hostile] * 6, is_packed)
-    with pytest.raises(ValueError, match='data_batch_1 is cut short'): data.load('cifar10', tmp_path)
+    with pytest.raises(ValueError, match='data_batch_1 is not the published file'):
+        data.load('cifar10', tmp_path)
     status = data.inspect(tmp_path).query("dataset == 'cifar10'").status
     assert set(status) == {'damaged'} and not trace.exists()
     pickle.loads(hostile)
@@ -273,7 +256,6 @@ def serve(monkeypatch):
     "A function that starts a server and makes it the mirror."
     servers = []
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(data.time, 'sleep', lambda seconds: None)
 
     def start(files, **options):
         servers.append(Server(files, **options))
@@ -344,7 +326,7 @@ def test_a_server_that_always_sends_nothing_is_given_up(small, serve, tmp_path):
     layout, contents, _ = small('records')
     server = serve(packages(layout, contents), cuts=100)
     with pytest.raises(FileNotFoundError, match='the connection was cut'): data.load('cifar10', tmp_path)
-    assert server.starts == [0] * 5
+    assert server.starts == [0]
 
 
 def test_a_whole_part_only_wants_its_name(small, serve, tmp_path):
@@ -359,7 +341,7 @@ def test_a_whole_part_only_wants_its_name(small, serve, tmp_path):
 def test_a_mirror_with_other_images_is_not_believed(small, serve, tmp_path):
     layout, contents, _ = small('records')
     serve(packages(layout, [*contents[:5], contents[5][:-1] + b'\7']))
-    problem = r'is not the published file and was deleted: test_batch\.bin has changed'
+    problem = r'is not the published file and was deleted: test_batch\.bin is not the published file'
     with pytest.raises(FileNotFoundError, match=problem):
         data.load('cifar10', tmp_path)
     assert names(tmp_path) == []
@@ -384,7 +366,7 @@ def test_only_what_is_missing_is_fetched(small, serve, tmp_path):
     write(tmp_path, layout, contents)[1].unlink()
     server = serve(packages(layout, contents))
     assert_same(data.load('fashion_mnist', tmp_path), sample)
-    assert server.starts == [0] and layout.package(layout.files[1]) in names(tmp_path)
+    assert server.starts == [0] and layout.package(list(layout.digests)[1]) in names(tmp_path)
 
 
 def test_two_downloads_at_once(small, serve, tmp_path):
@@ -437,16 +419,15 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(1, 5), st.i
 
 
 @settings(max_examples=50)
-@given(shapes, st.integers(0, 999), st.sampled_from([torch.preserve_format, torch.channels_last]))
-def test_standardising_is_what_numpy_computes(shape, seed, memory_format):
+@given(shapes, st.integers(0, 999))
+def test_standardising_is_what_numpy_computes(shape, seed):
     x = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     mean, std = data.channel_stats(torch.from_numpy(x))
     np.testing.assert_allclose(mean, (x / 255).mean((0, 2, 3)), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(std, (x / 255).std((0, 2, 3)), rtol=1e-9, atol=1e-12)
-    z = data.standardise(torch.from_numpy(x), mean, std + 0.05, memory_format)
+    z = data.standardise(torch.from_numpy(x), mean, std + 0.05)
     exact = (x / 255 - mean.numpy()[:, None, None]) / (std.numpy()[:, None, None] + 0.05)
     np.testing.assert_allclose(z, exact, rtol=0, atol=4 * torch.finfo(torch.float32).eps / 0.05)
-    assert memory_format is torch.preserve_format or z.is_contiguous(memory_format=memory_format)
 
 
 @pytest.fixture(scope='module')
@@ -460,9 +441,9 @@ def numbers(x): return x.contiguous().view(-1, 4).view(torch.int32).flatten()
 
 
 @settings(max_examples=40)
-@given(st.floats(0.02, 0.5), st.integers(0, 1000))
-def test_holdout_is_a_partition(numbered, fraction, seed):
-    held = data.holdout(numbered, fraction, seed)
+@given(st.floats(0.02, 0.5))
+def test_holdout_is_a_partition(numbered, fraction):
+    held = data.holdout(numbered, fraction)
     together = torch.cat([numbers(held.x_train), numbers(held.x_test)])
     assert torch.equal(together.sort().values, torch.arange(1000, dtype=torch.int32))
     assert torch.equal(numbered.y_train[numbers(held.x_test).long()], held.y_test)

@@ -1,6 +1,6 @@
-"""The depth experiment: its plan and cost, how rates are chosen and runs paired, and every verdict."""
+"""The depth experiment: its plan, how rates are chosen and runs paired, and every verdict."""
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 
 import numpy as np
@@ -51,15 +51,6 @@ def test_the_plan_counts_and_its_arms_are_styled():
     assert updates == {400}, 'every run makes as many updates'
 
 
-def test_hours_are_those_of_all_images_seen():
-    plan = depth.depth_plan([('mlp', 2), ('mlp', 8)], ['relu', 'elu'], seeds=[0])
-    table = depth.plan_hours(plan, 10, lambda config: (2e-3 if config.activation == 'elu' else 1e-3, 0.0))
-    run = 10 * 10_000 * 1e-3 / 3600
-    assert table.loc['mlp'].tolist() == pytest.approx([16, 40, (8 + 20) * run + 2 * (8 + 20) * run])
-    final = replace(plan[0], valid='test')
-    assert depth.run_seconds(plan[0], 0, 1) == 60_000 and depth.run_seconds(final, 0, 1) == 100_000
-
-
 def test_each_arm_is_compared_at_its_own_best_rate_with_other_seeds():
     plan = depth.depth_plan([('mlp', 2)], ['relu', 'elu'], seeds=[0, 1])
     best = {'relu': 0.0004, 'elu': 0.0016}
@@ -81,6 +72,14 @@ def test_each_arm_is_compared_at_its_own_best_rate_with_other_seeds():
     assert wide.loc[10].tolist() == [0.9, 0.9] and wide.loc[12].tolist() == [0.1, 0.1]
     losses = depth.side_by_side(runs, 'mlp', 'train', 'loss')
     assert losses.loc[12].tolist() == pytest.approx([-math.log(math.log(10))] * 2)
+
+
+def test_the_arms_of_a_factorial_stand_in_their_places():
+    "By theory, after four layers: which second moments are kept, and which means."
+    for arms in FACTORIALS.values():
+        last = [depth.predict_arm(arm, 4).iloc[-1] for arm in arms]
+        assert [row['mean']**2 + row['std']**2 > 0.9 for row in last] == [True, False, True, False]
+        assert [row['mean'] > 0.1 for row in last] == [True, True, False, False]
 
 
 def test_effects_are_separated():

@@ -1,5 +1,6 @@
 """The same bits as ever: short runs of every activation, where torch, numpy and x86-64 are the digests'."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,21 @@ from digests import here
 SAID = json.loads(Path(__file__).with_name('digests.json').read_text())
 
 
-def test_bits_of_short_runs():
+def computed(*emulator: str) -> dict:
+    "What tests/digests.py prints in a process of its own, perhaps on an emulated processor."
     for name, value in SAID['made_with'].items():
         if here()[name] != value:
             pytest.skip(f'the digests were made with {name} {value}, here is {here()[name]}')
-    script = [sys.executable, Path(__file__).with_name('digests.py')]
-    assert json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout) == SAID
+    script = [*emulator, sys.executable, Path(__file__).with_name('digests.py')]
+    return json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
+
+
+def test_bits_of_short_runs():
+    assert computed() == SAID
+
+
+@pytest.mark.slow
+def test_the_same_bits_on_an_emulated_haswell():
+    "An Intel processor of 2013, the oldest kind that has AVX2: four minutes."
+    if shutil.which('qemu-x86_64') is None: pytest.skip('needs qemu-user')
+    assert computed('qemu-x86_64', '-cpu', 'Haswell') == SAID

@@ -15,6 +15,7 @@ from wib_nbdev.initializers import SCHEMES, fans, init_weights, scheme_std
 LAYERS = {
     'linear': lambda: nn.Linear(60, 40),
     'conv1d': lambda: nn.Conv1d(8, 12, 5),
+    'conv2d': lambda: nn.Conv2d(8, 80, 3),  # fan_in between units and fan_out, 72 < 80 < 720
     'conv3d': lambda: nn.Conv3d(4, 6, 3),
     'grouped': lambda: nn.Conv2d(8, 12, 3, groups=4),
     'transposed': lambda: nn.ConvTranspose2d(8, 12, 4, stride=2),
@@ -46,10 +47,9 @@ def test_spread_of_weights_and_biases(name, scheme):
     layer = init_weights(LAYERS[name](), scheme, generator=seeded())
     weight = layer.weight.detach()
     scale = weight.square().mean().sqrt().item()
-    # an orthogonal matrix has an exact second moment, which goes by its rows and columns
-    shape = weight.flatten(1).shape if scheme == 'orthogonal' else fans(weight)
+    # an orthogonal matrix has an exact second moment
     tolerance = 1e-4 if scheme == 'orthogonal' else 5 / math.sqrt(2 * weight.numel())
-    assert scale == pytest.approx(scheme_std(scheme, *shape), rel=tolerance)
+    assert scale == pytest.approx(scheme_std(scheme, *fans(weight), units=len(weight)), rel=tolerance)
     assert (layer.bias == 0).all() != scheme.startswith('pytorch')
 
 
@@ -77,6 +77,11 @@ def test_pytorch_default_is_what_a_new_layer_has(name):
 def test_weights_are_proportional_to_the_gain(gain, scheme):
     one, other = (init_weights(nn.Linear(9, 5), scheme, gain=g, generator=seeded()) for g in (1.0, gain))
     torch.testing.assert_close(other.weight, one.weight * gain)
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_a_gain_of_zero_is_not_the_schemes_own(scheme):
+    assert (init_weights(nn.Linear(9, 5), scheme, gain=0.0).weight == 0).all()
 
 
 def test_everything_else_is_left_alone():

@@ -22,7 +22,8 @@ def test_wheel_holds_what_it_needs_and_nothing_else(built):
     assert not [name for name in names if name.endswith('.ipynb') or 'test' in Path(name).name]
     suffixes = {Path(name).suffix for name in names if name.startswith('wib_nbdev/')}
     assert suffixes <= {'.py', '.typed', '.npz', '.md', '.csv', '.parquet', '.html', '.css', '.ini'}
-    assert {'wib_nbdev/templates/report.html', 'wib_nbdev/templates/report.css'} <= set(names)
+    templates = ('report.html', 'report.css', 'explorable.html')
+    assert {f'wib_nbdev/templates/{name}' for name in templates} <= set(names)
     assert next(built.glob('*.whl')).stat().st_size < 10e6
 
 

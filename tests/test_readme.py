@@ -39,6 +39,12 @@ def test_links_and_pictures_are_there():
     assert targets and [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_every_chapter_is_in_the_table():
+    "Run nbs/index.ipynb again when a chapter comes or goes."
+    chapters = [path.name for path in sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))]
+    assert re.findall(r'^\| \[.*?\]\(nbs/(\w+\.ipynb)\) \|', README, re.M) == chapters
+
+
 def test_the_first_screen_holds_the_verdict():
     top = '\n'.join(README.splitlines()[:32])
     assert re.search(r'^# \[(Re|¬Re|Re, in part|Re, undecided|Re, unfinished)\] ', top, re.M)

@@ -1,12 +1,29 @@
 """The site that `make docs` built, page by page in a real headless browser: at a desk and on a phone."""
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote, urlparse
 
 import pytest
 
+from wib_nbdev.claims import VERDICTS
+
 SITE = Path(__file__).parents[1] / '_docs'
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob('*.html') if '_static' not in path.parts)
 pytestmark = pytest.mark.skipif(not PAGES, reason='no site: run make docs first')
+# What Markdown or TeX would be in the text of a page, its code apart.
+RAW = r'''() => {
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  while (walker.nextNode()) {
+    const {textContent: text, parentElement: parent} = walker.currentNode;
+    // A frame that a cell shows has its text as it is.
+    if (parent.closest('pre, code, script, style, svg, mjx-container, .cell_output table')) continue;
+    if (/\*\*|\]\(|`|:::|\$\$|\$\\|\\[([]|\\[a-z]{2,}[{^_ ]|^#{1,6} |^\|.*\|$/m.test(text))
+      found.push(text.trim());
+  }
+  return found;
+}'''
 
 
 @pytest.fixture(scope='module')
@@ -19,7 +36,7 @@ def window(browser):
 @pytest.mark.parametrize('name', PAGES)
 def test_page(window, name):
     """No error in the console, nothing missing, nothing from elsewhere, no broken picture or inner link,
-    no sideways scrolling."""
+    no Markdown, no sideways scrolling, and at most 2 MB."""
     window.goto('about:blank')  # what the last page still asked for is not this one's
     wrong = []
     listeners = {
@@ -38,6 +55,11 @@ def test_page(window, name):
     targets = window.evaluate("[...document.querySelectorAll('a[href]')].map(x => x.href)")
     for target in {target for target in targets if target.startswith('file:')}:
         assert Path(unquote(urlparse(target).path)).exists(), target
+    window.evaluate('() => window.MathJax?.startup?.promise?.then(() => null)')
+    assert window.evaluate(RAW) == []
+    pictures = window.evaluate("[...document.images].map(x => x.src).filter(x => x.startsWith('file:'))")
+    files = [SITE / name, *{Path(unquote(urlparse(picture).path)) for picture in pictures}]
+    assert sum(file.stat().st_size for file in files) < 2e6
     for width in (1280, 390):
         window.set_viewport_size({'width': width, 'height': 844})
         assert window.evaluate('document.documentElement.scrollWidth') <= width, f'{width} px'
@@ -45,7 +67,55 @@ def test_page(window, name):
     assert wrong == []
 
 
-def test_search_finds_what_is_there(window):
-    window.goto((SITE / 'search.html').as_uri() + '?q=centred_gain')
+@pytest.fixture(scope='module')
+def address():
+    "The site as a server gives it: from files, the search shows no excerpts."
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=SITE))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize('words, page', [('PReLU', '07_comparison'), ('centred_gain', 'mean_shift'),
+                                         ('trains faster', 'report')])
+def test_search_finds_what_is_there(window, address, words, page):
+    window.goto(f'{address}/search.html?q={words}')
     # The results come one after the other.
-    window.wait_for_selector('#search-results li a[href*="mean_shift"]', timeout=20_000)
+    result = window.locator('#search-results li', has=window.locator(f'a[href*="{page}"]')).first
+    result.locator('.context').wait_for(timeout=20_000)
+    assert words.split()[0].lower() in result.inner_text().lower()
+
+
+def test_the_first_page_on_a_phone(window, address):
+    "The verdicts are seen without scrolling sideways; then the explorable, then the chapters in order."
+    window.set_viewport_size({'width': 390, 'height': 844})
+    window.goto(address)
+    cells = [cell for cell in window.locator('table.promises td').all() if cell.inner_text() in VERDICTS]
+    assert len(cells) >= 5
+    for cell in cells:
+        box = cell.bounding_box()
+        assert box['x'] >= 0 and box['x'] + box['width'] <= 390
+    assert 'With shift' in window.inner_text('.explorable .said')
+    links = "[...document.querySelectorAll('.card strong a')].map(x => x.getAttribute('href'))"
+    chapters = window.evaluate(links)
+    assert chapters == [name for name in PAGES if name[:2].isdigit()]
+    assert window.locator('.card img').count() == len(chapters)
+
+
+def test_chapter_4_opens_with_the_explorable(window, address):
+    window.goto(f'{address}/04_activations.html')
+    assert 'With shift' in window.inner_text('.explorable .said')
+    order = "document.querySelector('h1 ~ p').compareDocumentPosition(document.querySelector('.explorable'))"
+    assert window.evaluate(order) & 4, 'it follows the first paragraph'
+
+
+def test_the_report_is_in_the_sidebar_and_leads_back(window, address):
+    window.set_viewport_size({'width': 1280, 'height': 844})
+    window.goto(address)
+    window.locator('.sidebar-tree a[href="report.html"]').click()
+    assert window.title() == 'Does WIB-ReLU work? A reproduction'
+    window.get_by_role('link', name='all chapters').click()
+    assert window.url == f'{address}/index.html'

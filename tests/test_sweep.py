@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,7 +292,7 @@ def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, number, remedy):
 def test_a_full_disk(one_run, tmp_path, monkeypatch):
     "The run that was being written is not there, what was there before is."
     path = tmp_path / one_run.name
-    path.write_bytes(one_run.read_bytes())
+    for name in (one_run.name, 'environment.json'): shutil.copy(one_run.with_name(name), tmp_path)
     def refuse(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', refuse)
     with pytest.raises(sweep.SweepError, match='No space left on device; make room, then run the same sweep'):

@@ -122,8 +122,22 @@ wall time beside other runs: not a benchmark.
 - `steps.parquet`: key, iteration, loss (nats) of the first epoch. Not in the wheel.
 - `layers.parquet`: key, iteration, layer, mean, std (population), inactive and near-zero shares,
   gradient_rms. Not in the wheel.
+- `curves.csv`: the learning curves in one table, for other programs: a row a run and epoch, with its arm, its
+  setting, `step` (updates so far), losses (nats) and accuracies (shares). Not in the wheel.
 - `verdicts.csv`, `robustness.csv`: what `wib_nbdev.claims` says of these files.
 '''
+
+
+def curves(results: Results) -> pd.DataFrame:
+    "The learning curves for other programs: a row a run and epoch; `step` counts the updates until then."
+    named = with_arms(results).runs[['key', 'dataset', 'arm', 'valid', 'optimizer', 'momentum', 'lr', 'seed']]
+    epochs = results.epochs.drop(columns='seconds')
+    wide = epochs.pivot(index=['key', 'epoch'], columns='split', values=['loss', 'accuracy'])
+    wide.columns = [f'{split}_{metric}' for metric, split in wide.columns]
+    steps = results.steps.groupby('key')['iteration'].size().rename('steps')
+    table = named.merge(wide.reset_index(), on='key').merge(steps, on='key')
+    table.insert(9, 'step', table['epoch'] * table.pop('steps'))
+    return table.rename(columns={'valid': 'validated_on'})
 
 
 def publish() -> None:
@@ -134,6 +148,7 @@ def publish() -> None:
     check_provenance(set(results.runs['commit']))
     shutil.rmtree(PACKAGE, ignore_errors=True)
     write_results(results, PACKAGE)
+    curves(results).to_csv(PACKAGE / 'curves.csv', index=False, float_format='%.6g')
     judge(results).to_csv(PACKAGE / 'verdicts.csv', index=False)
     robustness(results).to_csv(PACKAGE / 'robustness.csv', index=False)
     (PACKAGE / 'README.md').write_text(readme(results))

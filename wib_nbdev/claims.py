@@ -144,7 +144,7 @@ def best_of(judgements:Iterable[Judgement]) -> Judgement:
     "The one whose verdict is best for the paper, the first of equals."
     return max(judgements, key=lambda each: RANK[each.verdict])
 
-# %% ../nbs/lib/claims.ipynb #4408e264
+# %% ../nbs/lib/claims.ipynb #edad5e72
 _T = TypeVar('_T')
 
 def _kept(method: Callable[..., _T]) -> Callable[..., _T]:
@@ -238,14 +238,19 @@ class Evidence:
         "The results without what is recorded of layers, steps and images."
         return self.results._replace(**dict.fromkeys(('layers', 'correct', 'steps'), pd.DataFrame()))
 
+    def _grid(self, wib: str, *datasets: str) -> Results:
+        "The runs that choose learning rates, of an arm and the rivals on each of the data sets."
+        grid = select(self.light, dataset=datasets, arm=[wib, *RIVALS], valid='holdout', **self.shape())
+        there = set(zip(grid.runs['dataset'], grid.runs['arm'], strict=True)) if len(grid.runs) else set()
+        missing = [each for each in product(datasets, [wib, *RIVALS]) if each not in there]
+        if missing: raise MissingRuns('a grid of learning rates on {} with {}'.format(*missing[0]))
+        return grid
+
     @_kept
     def _compared_at_best_rates(self, dataset: str, wib: str, at: str) -> list[Any]:
-        arms = [wib, *RIVALS]
-        runs = select(self.light, dataset=dataset, arm=arms, **self.shape())
-        grid = select(runs, valid='holdout')
-        missing = sorted(set(arms) - set(grid.runs['arm'] if len(grid.runs) else ()))
-        if missing: raise MissingRuns(f"a grid of learning rates on {dataset} with {', '.join(missing)}")
-        runs = at_settings(select(runs, valid='test'), best_rates(grid))
+        best = best_rates(self._grid(wib, dataset))
+        final = select(self.light, dataset=dataset, arm=[wib, *RIVALS], valid='test', **self.shape())
+        runs = at_settings(final, best)
         if runs.runs.empty: raise MissingRuns(f'runs on {dataset} with each arm at its own best rate')
         return _rows(compare_arms(pivot(runs, at), wib, RIVALS, ['valid accuracy'], full=False), wib)
 
@@ -294,13 +299,8 @@ class Evidence:
     @_kept
     def own_speed(self, wib: str) -> list[Any]:
         "Rows of `speed_differences` with each arm at its own fastest rate of the grid."
-        arms = [wib, *RIVALS]
-        grid = select(self.light, arm=arms, valid='holdout', **self.shape())
-        if grid.runs.empty: raise MissingRuns('a grid of learning rates')
-        there = set(zip(grid.runs['dataset'], grid.runs['arm'], strict=True))
-        missing = [each for each in product(DATASETS, arms) if each not in there]
-        if missing: raise MissingRuns('a grid of rates on {} with {}'.format(*missing[0]))
-        targets = common_loss(grid, arms)
+        grid = self._grid(wib, *DATASETS)
+        targets = common_loss(grid, [wib, *RIVALS])
         fastest = at_settings(grid, fastest_settings(grid, targets))
         return _rows(speed_differences(fastest, wib, RIVALS, targets=targets))
 

@@ -158,7 +158,7 @@ class Sweep:
         _show(table.merge(wide.reset_index(), on='key'), self.json)
         return int(len(results.runs) < len(set(self.configs)))
 
-# %% ../nbs/lib/cli.ipynb #b38931b7
+# %% ../nbs/lib/cli.ipynb #73efb891
 def _now() -> str: return f'{datetime.now():%Y-%m-%d %H:%M}'
 
 def _judge(results: Any) -> Any:
@@ -168,17 +168,6 @@ def _judge(results: Any) -> Any:
     from wib_nbdev.report import main_setting
     setting = main_setting(results)
     return judge(results, None if setting == MAIN else setting)
-
-def _table(
-    verdicts:Any, # of `claims.judge`
-    committed:Any, # those of the full reproduction
-) -> str:
-    "A line a claim: the paper's words, the verdict of these runs, and of the committed full reproduction."
-    there = dict(zip(committed['id'], committed['verdict'], strict=True))
-    rows = [('claim', 'the paper says', 'these runs', 'full reproduction')]
-    rows += [(row.id, textwrap.shorten(row.quote, 50, placeholder=' …'), row.verdict, there.get(row.id, '-'))
-             for row in verdicts.itertuples()]
-    return '\n'.join(f'{claim:18} {quote:50} {here:17} {full}' for claim, quote, here, full in rows)
 
 @dataclass
 class Reproduce:
@@ -192,11 +181,9 @@ class Reproduce:
     preset: Literal['quick', 'paper'] = 'quick' # quick: a small sample, minutes; paper: the full data, hours
     out: Path = Path('runs') # folder of the runs and of the report
     workers: _Workers = field(default_factory=Workers)
-    all: bool = False # print the verdict on every claim
 
     def run(self) -> int:
         "Makes the runs, prints a summary and writes the report; 1 if a run failed."
-        from wib_nbdev.claims import committed_verdicts
         from wib_nbdev.plan import best_rate_plan, edge_plan, full_plan, quick_plan, record_of, run_plan
         from wib_nbdev.report import terminal_summary, write_report
         from wib_nbdev.sweep import run_sweep
@@ -207,9 +194,7 @@ class Reproduce:
         else:
             results = self.workers.call(run_plan, store)
             configs += [*edge_plan(results), *best_rate_plan(results)]
-        verdicts = _judge(results)
-        page = write_report(results, store / 'report.html', verdicts=verdicts, made=_now())
-        if self.all: print(_table(verdicts, committed_verdicts()), end='\n\n')
+        page = write_report(results, store / 'report.html', verdicts=_judge(results), made=_now())
         print(terminal_summary(results, page))
         return int(not {config.key for config in configs} <= set(results.runs['key']))
 
@@ -277,10 +262,11 @@ class Data:
         _show(table, self.json)
         return int((table['status'] != 'whole').any())
 
-# %% ../nbs/lib/cli.ipynb #24e0cbd7
+# %% ../nbs/lib/cli.ipynb #cb57b5b7
 @dataclass
 class Verify:
-    """Run some finished runs again and compare every bit of their weights. Exit code 0 only if all agree.
+    """Run some finished runs again and compare every bit of their weights. Exit code 0 only if all agree,
+    which is expected of x86-64 with AVX2: arm64 and AVX-512 compute with kernels of their own.
 
     Examples:
       wib-nbdev verify
@@ -300,29 +286,11 @@ class Verify:
         Workers(jobs=self.jobs)
 
     def run(self) -> int:
-        "Prints a line a run; 1 if one differs."
+        "Prints whether the bits after the first epoch (and the last) are the same; 1 if one differs."
         from wib_nbdev.sweep import load_results, verify
         table = verify(load_results(self.store), self.runs, self.root, self.whole, n_jobs=self.jobs)
-        table['same'] = table[['first', 'last'] if self.whole else ['first']].all(axis=1)
-        if self.json: _show(table, True)
-        else: print(*_compared(table, 'all epochs' if self.whole else 'the first epoch'), sep='\n')
-        return int(not table['same'].all())
-
-_NOTES = {  # what to expect of others than x86-64 with AVX2, by how `sweep.verify` names the difference
-    'machine ': 'Only x86-64 is expected to agree to the bit: arm64 computes with kernels of its own.',
-    'cpu_capability ': 'Only AVX2 is expected to agree to the bit: native mode (AVX-512) rounds otherwise.'}
-
-def _compared(
-    table:Any, # of `sweep.verify`, with a column same
-    epochs:str, # which were compared
-) -> list[str]:
-    "A line a run, and a line for each kind of machine that cannot agree."
-    lines = []
-    for key, same, step, other in table[['key', 'same', 'differs_at', 'other']].itertuples(index=False):
-        where = 'after the first epoch' if step is None or step != step else f'from step {step:.0f} on'
-        made = f' (made with {other})' if other else ''
-        lines.append(f'{key}: ' + (f'bit-identical after {epochs}' if same else f'differs {where}{made}'))
-    return lines + [note for name, note in _NOTES.items() if table['other'].str.contains(name).any()]
+        _show(table, self.json)
+        return int(not table[['first', 'last'] if self.whole else ['first']].all(axis=None))
 
 # %% ../nbs/lib/cli.ipynb #a111c62e
 @dataclass

@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'CLASS_NAMES', 'ImageDataset', 'load', 'inspect', 'table_1', 'plot_images', 'channel_stats', 'standardise',
            'holdout', 'subset']
 
-# %% ../nbs/lib/data.ipynb #0257f9e6
+# %% ../nbs/lib/data.ipynb #a2faa2e1
 import gzip
 import hashlib
 import io
@@ -14,7 +14,6 @@ import os
 import pickle
 import sys
 import tarfile
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -78,13 +77,7 @@ class ImageDataset:
         counts = f'{len(self.x_train):,} training and {len(self.x_test):,} test images'
         return f'{DATASET_LABELS[self.name]}: {counts} of {shape} ({self.source})'
 
-# %% ../nbs/lib/data.ipynb #10cf1d3d
-class _File(NamedTuple):
-    "A file as its publisher gives it out; length and digest are those of its content, unpacked."
-    name: str # inside the layout's folder
-    n_bytes: int
-    digest: str # SHA-256
-
+# %% ../nbs/lib/data.ipynb #6b198231
 _Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # uint8: x_train, y_train, x_test, y_test
 
 class _Layout(NamedTuple):
@@ -92,12 +85,12 @@ class _Layout(NamedTuple):
     folder: str # of the unpacked files, below the root
     packed: str # path below the root of the packed file that holds a file; {} stands for the file's name
     home: str # where the packed files can be fetched
-    parse: Callable[[list[bytes]], _Arrays] # from the contents of `files`, once these are checked
-    files: tuple[_File, ...]
+    parse: Callable[[list[bytes]], _Arrays] # from the files' contents, once these are checked
+    digests: dict[str, str] # SHA-256 of each file's content, unpacked, by its name inside the folder
 
-    def package(self, file:_File) -> str:
+    def package(self, file:str) -> str:
         "Path below the root of the packed file that holds `file`."
-        return self.packed.format(file.name)
+        return self.packed.format(file)
 
 # %% ../nbs/lib/data.ipynb #c40825f5
 def _parse_idx(contents:list[bytes]) -> _Arrays:
@@ -116,102 +109,83 @@ def _parse_pickles(contents:list[bytes]) -> _Arrays:
     return (x_train.reshape(-1, 3, 32, 32), y_train.astype(np.uint8),
             test['data'].reshape(-1, 3, 32, 32), np.array(test['labels'], np.uint8))
 
-# %% ../nbs/lib/data.ipynb #49e7ab9f
+# %% ../nbs/lib/data.ipynb #150ae0d7
 _IDX = _Layout(
     'FashionMNIST/raw', 'FashionMNIST/raw/{}.gz', 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com',
-    _parse_idx, (
-    _File('train-images-idx3-ubyte', 47_040_016,
-          'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888'),
-    _File('train-labels-idx1-ubyte', 60_008,
-          'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9'),
-    _File('t10k-images-idx3-ubyte', 7_840_016,
-          '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b'),
-    _File('t10k-labels-idx1-ubyte', 10_008,
-          '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34'),
-))
+    _parse_idx, {
+    'train-images-idx3-ubyte': 'c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888',
+    'train-labels-idx1-ubyte': 'bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9',
+    't10k-images-idx3-ubyte': '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b',
+    't10k-labels-idx1-ubyte': '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
+})
 _RECORDS = _Layout(
-    'cifar-10-batches-bin', 'cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz', _parse_records, (
-    _File('data_batch_1.bin', 30_730_000, 'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5'),
-    _File('data_batch_2.bin', 30_730_000, 'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed'),
-    _File('data_batch_3.bin', 30_730_000, 'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67'),
-    _File('data_batch_4.bin', 30_730_000, '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48'),
-    _File('data_batch_5.bin', 30_730_000, '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add'),
-    _File('test_batch.bin', 30_730_000, '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b'),
-))
+    'cifar-10-batches-bin', 'cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz', _parse_records, {
+    'data_batch_1.bin': 'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
+    'data_batch_2.bin': 'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
+    'data_batch_3.bin': 'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
+    'data_batch_4.bin': '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48',
+    'data_batch_5.bin': '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
+    'test_batch.bin': '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
+})
 _PICKLES = _Layout(
-    'cifar-10-batches-py', 'cifar-10-python.tar.gz', 'https://www.cs.toronto.edu/~kriz', _parse_pickles, (
-    _File('data_batch_1', 31_035_704, '54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd'),
-    _File('data_batch_2', 31_035_320, '766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8'),
-    _File('data_batch_3', 31_035_999, '0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9'),
-    _File('data_batch_4', 31_035_696, '3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b'),
-    _File('data_batch_5', 31_035_623, 'd91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154'),
-    _File('test_batch', 31_035_526, 'f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831'),
-))
+    'cifar-10-batches-py', 'cifar-10-python.tar.gz', 'https://www.cs.toronto.edu/~kriz', _parse_pickles, {
+    'data_batch_1': '54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd',
+    'data_batch_2': '766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8',
+    'data_batch_3': '0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9',
+    'data_batch_4': '3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b',
+    'data_batch_5': 'd91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154',
+    'test_batch': 'f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831',
+})
 _LAYOUTS = {'fashion_mnist': (_IDX,), 'cifar10': (_RECORDS, _PICKLES)}  # in order of preference
 
-# %% ../nbs/lib/data.ipynb #2e6a1f8e
-def _unpack(path:Path, files:Sequence[_File]) -> dict[str, bytes]:
-    "What `path`, an archive or one file, packed or not, holds of `files`; at most a byte too many of each."
-    n_bytes, contents = {file.name: file.n_bytes for file in files}, {}
+# %% ../nbs/lib/data.ipynb #4953bcc4
+def _unpack(path:Path, files:Sequence[str]) -> dict[str, bytes]:
+    "What `path`, an archive or one file, packed or not, holds of `files`."
     if '.tar' in path.name:
-        with tarfile.open(path) as archive:
-            for member in archive:  # in the archive's order: going back would unpack it again from its start
-                name = Path(member.name).name
-                stream = archive.extractfile(member) if name in n_bytes else None
-                if stream: contents[name] = stream.read(n_bytes[name] + 1)
-        return contents
-    (name, limit), = n_bytes.items()
-    with open(path, 'rb') as plain:
-        is_packed = plain.read(2) == b'\x1f\x8b'
-        plain.seek(0)
-        return {name: (gzip.GzipFile(fileobj=plain) if is_packed else plain).read(limit + 1)}
+        with tarfile.open(path) as archive:  # read in its order: going back would unpack it from its start
+            streams = ((Path(member.name).name, archive.extractfile(member)) for member in archive)
+            return {name: stream.read() for name, stream in streams if stream and name in files}
+    content = path.read_bytes()
+    return {files[0]: gzip.decompress(content) if content.startswith(b'\x1f\x8b') else content}
 
-def _find_problem(content:bytes | None, file:_File, layout:_Layout) -> str:
-    "What is wrong with the content of a file; '' if its digest is the published one."
-    if content is None: return 'is not in the archive'
-    digest = hashlib.sha256(content).hexdigest()
-    if digest == file.digest: return ''
-    if not content: return 'is empty'
-    swapped = [other.name for other in layout.files if other.digest == digest]
-    if swapped: return f'holds the content of {swapped[0]}'
-    if len(content) < file.n_bytes: return f'is cut short, {len(content):,} of {file.n_bytes:,} bytes'
-    if len(content) > file.n_bytes: return f'is longer than {file.n_bytes:,} bytes'
-    return 'has changed'
-
-# %% ../nbs/lib/data.ipynb #b859ba6b
 class _Found(NamedTuple):
-    file: _File
+    file: str
     path: Path | None # None: missing
     content: bytes
     problem: str # '' if the content is the published one
 
-def _check(path:Path | None, files:Sequence[_File], layout:_Layout) -> list[_Found]:
+def _check(path:Path | None, files:Sequence[str], layout:_Layout) -> list[_Found]:
     "Read from `path` what it holds of `files`, and check each."
     if path is None: return [_Found(file, None, b'', 'is missing') for file in files]
     try: contents = _unpack(path, files)
     except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
         return [_Found(file, path, b'', f'cannot be read ({error})') for file in files]
-    problems = [_find_problem(contents.get(file.name), file, layout) for file in files]
-    return [_Found(file, path, contents.get(file.name, b''), problem)
-            for file, problem in zip(files, problems, strict=True)]
+    found = []
+    for file in files:
+        content, problem = contents.get(file), ''
+        if content is None: problem = 'is not in the archive'
+        elif hashlib.sha256(content).hexdigest() != layout.digests[file]:
+            problem = f'is not the published file: its {len(content):,} bytes have another digest'
+        found.append(_Found(file, path, content or b'', problem))
+    return found
 
-def _place(root:Path, layout:_Layout, file:_File) -> Path | None:
+def _place(root:Path, layout:_Layout, file:str) -> Path | None:
     "Where a file lies, unpacked or packed; None if it is missing."
-    places = (root/layout.folder/file.name, root/layout.package(file))
+    places = (root/layout.folder/file, root/layout.package(file))
     return next((path for path in places if path.exists()), None)
 
 def _examine(root:Path, layout:_Layout) -> list[_Found]:
     "Each file of a layout, in its order, read and checked."
-    groups = groupby(layout.files, lambda file: _place(root, layout, file))  # an archive is read once
+    groups = groupby(layout.digests, lambda file: _place(root, layout, file))  # an archive is read once
     return [each for path, files in groups for each in _check(path, list(files), layout)]
 
-# %% ../nbs/lib/data.ipynb #cbaea208
-def _missing(root:Path, layout:_Layout) -> list[_File]:
-    return [file for file in layout.files if not _place(root, layout, file)]
+# %% ../nbs/lib/data.ipynb #e9127099
+def _missing(root:Path, layout:_Layout) -> list[str]:
+    return [file for file in layout.digests if not _place(root, layout, file)]
 
 def _choose_layout(name:str, root:Path) -> _Layout:
     "The layout of which least is missing, the preferred one of equals."
-    return min(_LAYOUTS[name], key=lambda layout: len(_missing(root, layout)) / len(layout.files))
+    return min(_LAYOUTS[name], key=lambda layout: len(_missing(root, layout)) / len(layout.digests))
 
 def _root(root:str | Path | None) -> Path:
     "The folder that a caller means: the argument, else the environment's WIB_DATA, else ./data."
@@ -220,7 +194,7 @@ def _root(root:str | Path | None) -> Path:
 def _address(layout:_Layout, package:str) -> str:
     return f"{(os.environ.get('WIB_MIRROR') or layout.home).rstrip('/')}/{Path(package).name}"
 
-# %% ../nbs/lib/data.ipynb #a856f3f3
+# %% ../nbs/lib/data.ipynb #8aa59e91
 def _size(path:Path) -> int: return path.stat().st_size if path.exists() else 0
 
 def _receive(url:str, part:Path) -> bool:
@@ -243,21 +217,15 @@ def _receive(url:str, part:Path) -> bool:
     return not answer.length
 
 def _download(url:str, part:Path) -> None:
-    "Fetch `url` into `part`, going on where the connection was cut until five tries in a row bring nothing."
-    has_received, failures = False, 0
+    "Fetch `url` into `part`, going on where the connection was cut, until a try brings nothing."
     while True:
-        size = _size(part)
-        error: Exception = ConnectionError('the connection was cut')
+        size, error = _size(part), OSError('the connection was cut')
         try:
             if _receive(url, part): return
-        except (OSError, HTTPException) as problem: error = problem
-        if _size(part) > size: has_received, failures = True, 0
-        else: failures += 1
-        is_worth_another = has_received or isinstance(error, (ConnectionError, HTTPException, TimeoutError))
-        if not is_worth_another or failures == 5: raise error
-        time.sleep(5 * failures)
+        except (ConnectionError, TimeoutError) as problem: error = problem
+        if _size(part) <= size: raise error
 
-# %% ../nbs/lib/data.ipynb #b2bc91a1
+# %% ../nbs/lib/data.ipynb #17ef8b41
 def _fetch_package(root:Path, layout:_Layout, package:str) -> None:
     "Download one packed file; it gets its name when its content is right."
     url, path = _address(layout, package), root/package
@@ -268,11 +236,11 @@ def _fetch_package(root:Path, layout:_Layout, package:str) -> None:
         if part.exists():
             print(f'{part} keeps {_size(part):,} bytes; the next download continues there', file=sys.stderr)
         raise
-    files = [file for file in layout.files if layout.package(file) == package]
+    files = [file for file in layout.digests if layout.package(file) == package]
     for each in _check(part, files, layout):
         if each.problem:
             part.unlink()
-            raise OSError(f'{url} is not the published file and was deleted: {each.file.name} {each.problem}')
+            raise OSError(f'{url} is not the published file and was deleted: {each.file} {each.problem}')
     os.replace(part, path)
 
 def _fetch(name:str, root:Path) -> None:
@@ -302,13 +270,12 @@ def _load_sample(name:str) -> ImageDataset:
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return _as_dataset(name, [arrays[part] for part in _PARTS], 'embedded sample')
 
-# %% ../nbs/lib/data.ipynb #3899e5a0
+# %% ../nbs/lib/data.ipynb #e2894832
 def _explain_missing(name:str, root:Path) -> str:
     layout = _choose_layout(name, root)
     missing = _missing(root, layout)
-    names = ', '.join(file.name for file in missing)
     packages = ', '.join(dict.fromkeys(layout.package(file) for file in missing))
-    return (f'{DATASET_LABELS[name]} is not whole in {root}: {layout.folder} lacks {names}. '
+    return (f"{DATASET_LABELS[name]} is not whole in {root}: {layout.folder} lacks {', '.join(missing)}. "
             'Load with download=True where there is a network (WIB_MIRROR=address names another server); '
             f'or put {packages} from {layout.home} into {root}, packed as it is; '
             'or name the folder that has the data (root=, --root or WIB_DATA); '
@@ -337,11 +304,11 @@ def load(
     found = _examine(root, layout)
     for each in found:
         if each.problem:
-            raise ValueError(f'{each.path}: {each.file.name} {each.problem}. Delete it and load again with '
+            raise ValueError(f'{each.path}: {each.file} {each.problem}. Delete it and load again with '
                              f'download=True, or put a whole copy from {layout.home} in its place.')
     return _as_dataset(name, layout.parse([each.content for each in found]), layout.folder)
 
-# %% ../nbs/lib/data.ipynb #ca905eda
+# %% ../nbs/lib/data.ipynb #229a80af
 def inspect(
     root:str | Path | None=None, # as in `load`
 ) -> pd.DataFrame:
@@ -353,9 +320,9 @@ def inspect(
         for file, path, _, problem in _examine(root, layout):
             status = 'missing' if path is None else 'damaged' if problem else 'whole'
             if path is None:
-                path, problem = root/layout.folder/file.name, f'get {_address(layout, layout.package(file))}'
+                path, problem = root/layout.folder/file, f'get {_address(layout, layout.package(file))}'
             where = path.relative_to(root).as_posix()
-            if '.tar' in where: where += f'/{file.name}'
+            if '.tar' in where: where += f'/{file}'
             rows.append(dict(dataset=name, file=where, status=status, problem=problem))
     return pd.DataFrame(rows)
 
@@ -408,53 +375,40 @@ def channel_stats(
     variance = (share * (values - mean[:, None]).square()).sum(1)
     return mean, variance.sqrt()
 
-# %% ../nbs/lib/data.ipynb #3ded7b6b
+# %% ../nbs/lib/data.ipynb #356a27b7
 def standardise(
     x:Tensor, # uint8 (batch, channels, height, width)
     mean:Tensor, # (channels,), of pixels scaled to [0, 1], from the training images
     std:Tensor, # (channels,), likewise
-    memory_format:torch.memory_format=torch.preserve_format, # such as torch.channels_last
 ) -> Tensor:
     """Images as float32 of mean 0 and standard deviation 1 per channel, shaped and placed like `x`.
     The only tensor allocated is the result."""
     _check_bytes(x, 'x')
-    for values, name in ((mean, 'mean'), (std, 'std')):
-        if values.shape != x.shape[1:2]:
-            raise ValueError(f'{name} of shape {tuple(values.shape)}: must be ({x.shape[1]},), as channels')
-    if not (std.isfinite() & (std > 0)).all():
-        raise ValueError(f'std={std.tolist()}: must be above 0 in every channel')
     factors = (1 / (255 * std), -mean / std)
     scale, offset = (values.to(x.device, torch.float32)[:, None, None] for values in factors)
-    out = x.to(torch.float32, memory_format=memory_format)
+    out = x.float()
     return torch.addcmul(offset, out, scale, out=out)
 
-# %% ../nbs/lib/data.ipynb #7eca1a0a
-def _draw(labels:Tensor, counts:Sequence[int], seed:int) -> Tensor:
-    "Positions of `counts[label]` images of each class, drawn at random, in ascending order."
-    generator, labels = torch.Generator().manual_seed(seed), labels.cpu()
-    drawn = []
-    for label, count in enumerate(counts):
-        members = (labels == label).nonzero().flatten()
-        drawn.append(members[torch.randperm(len(members), generator=generator)[:count]])
-    return torch.cat(drawn).sort().values
-
+# %% ../nbs/lib/data.ipynb #4884f062
 def holdout(
     dataset:ImageDataset, # full data or a sample
     fraction:float=0.1, # share of each class's training images to hold out
-    seed:int=0, # chooses the images
 ) -> ImageDataset:
     """The data set with the same share of each class's training images in the place of its test images.
     `ValueError` unless `fraction` is in (0, 0.5] and holds out an image of every class."""
     check_number(fraction, 'fraction', above=0, high=0.5)
-    members = dataset.y_train.bincount(minlength=dataset.n_classes).tolist()
-    counts = [round(fraction * count) for count in members]
-    if min(counts) < 1:
+    generator, labels, drawn = torch.Generator().manual_seed(0), dataset.y_train.cpu(), []
+    for label in range(dataset.n_classes):
+        members = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        drawn.append(members[order[:round(fraction * len(members))]])
+    if not all(map(len, drawn)):
         raise ValueError(f'fraction={fraction}: must be large enough to hold out an image of every class')
-    out = _draw(dataset.y_train, counts, seed).to(dataset.y_train.device)
+    out = torch.cat(drawn).sort().values.to(dataset.y_train.device)
     stays = torch.ones_like(dataset.y_train, dtype=torch.bool).index_fill_(0, out, False)
     return replace(dataset, x_train=dataset.x_train[stays], y_train=dataset.y_train[stays],
                    x_test=dataset.x_train[out], y_test=dataset.y_train[out],
-                   source=f'{dataset.source}, testing on {fraction:g} of the training images, seed {seed}')
+                   source=f'{dataset.source}, testing on {fraction:g} of the training images')
 
 def subset(
     dataset:ImageDataset, # full data, a sample, or what `holdout` returned

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['ELU_GAIN', 'SHRUNK_GAIN', 'DEPTH_ARMS', 'FACTORIALS', 'FAMILIES', 'CELLS', 'RATES', 'RATE_SEEDS', 'SEEDS', 'N_TRAIN',
-           'CHANCE', 'N_TEST', 'THEORIES', 'DEPTH_CLAIMS', 'SHOWN', 'Family', 'depth_plan', 'merge_runs', 'best_rates',
-           'depth_best_plan', 'run_depth_plan', 'load_runs', 'run_seconds', 'measure_images', 'plan_hours',
-           'side_by_side', 'effects', 'DepthClaim', 'gain', 'Condition', 'judge_elu', 'judge_bipolar_rnn',
-           'judge_bipolar_cnn', 'judge_normalisation', 'judge_future', 'Theory', 'predict_arm', 'signals',
-           'decided_pairs', 'fit_predictor', 'hit_rates', 'judge_predictor', 'judge_depth', 'plot_depth_accuracy',
-           'figure_depth', 'plot_effect', 'best_arms']
+           'CHANCE', 'THEORIES', 'DEPTH_CLAIMS', 'SHOWN', 'Family', 'depth_plan', 'merge_runs', 'best_rates',
+           'depth_best_plan', 'run_depth_plan', 'load_runs', 'side_by_side', 'effects', 'DepthClaim', 'gain',
+           'Condition', 'judge_elu', 'judge_bipolar_rnn', 'judge_bipolar_cnn', 'judge_normalisation', 'judge_future',
+           'Theory', 'predict_arm', 'signals', 'decided_pairs', 'fit_predictor', 'hit_rates', 'judge_predictor',
+           'judge_depth', 'plot_depth_accuracy', 'figure_depth', 'plot_effect', 'best_arms']
 
-# %% ../nbs/09_depth.ipynb #73951619
+# %% ../nbs/09_depth.ipynb #d643ab21
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +18,6 @@ from functools import cache, partial
 from importlib import resources
 from itertools import combinations, product
 from pathlib import Path
-from time import process_time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,12 +31,10 @@ from torch.nn import functional as F
 from .activations import CENTRED_GAIN, CENTRED_SHIFT, predict_depth, wib_relu
 from .claims import Judgement, MissingRuns, above, grade, some
 from .config import TrainConfig, one_of
-from .data import channel_stats, load
 from .mean_shift import gaussian_moments
 from .statistics import MIN_PAIRS, ROPE, Interval, mean_interval
 from .style import BAND, THEORY, colour, label, marker, new_axes, panels
 from .sweep import Results, configs_of, run_sweep
-from .training import Batches, build_model, build_optimizer, evaluate, train_epoch
 
 # %% ../nbs/09_depth.ipynb #91e5ac4e
 ELU_GAIN = 1 / math.sqrt(gaussian_moments(F.elu).second_moment)  # keeps the pre-activations' variance
@@ -168,57 +164,6 @@ def load_runs(
     if file.exists(): return pd.read_parquet(file)
     raise FileNotFoundError(f'{file.name}: the runs of the depth experiment are not there; run_depth_plan '
                             'makes them')
-
-# %% ../nbs/09_depth.ipynb #aa7b917c
-_HELD_OUT = {'fashion_mnist': 6_000, 'cifar10': 5_000}  # images: a tenth of the training images
-N_TEST = 10_000  # test images
-
-def run_seconds(
-    config:TrainConfig, # a run of the plan
-    train_image:float, # seconds of a training image
-    valid_image:float, # seconds of a validation image
-) -> float:
-    "Seconds of a run: each epoch sees its training images, and its validation images after them."
-    n_valid = _HELD_OUT[config.dataset] if config.valid == 'holdout' else N_TEST
-    return config.epochs * ((config.n_train or 0) * train_image + n_valid * valid_image)
-
-def measure_images(
-    config:TrainConfig, # network and arm
-    n_images:int=500, # trained on, and validated on, from the sample
-) -> tuple[float, float]:
-    "CPU seconds of a training image and of a validation image."
-    data = load(config.dataset, sample=True)
-    stats = channel_stats(data.x_train)
-    batches = Batches(data.x_train[:n_images], data.y_train[:n_images], *stats, config.batch_size)
-    model = build_model(config, data.image_shape, data.n_classes).to(memory_format=torch.channels_last)
-    optimizer, order = build_optimizer(config, model), torch.arange(n_images)
-    def seconds(work:Callable[..., Any], *arguments:Any) -> float:
-        clock = process_time()
-        work(*arguments)
-        return (process_time() - clock) / n_images
-    train_epoch(model, optimizer, batches, order)
-    return seconds(train_epoch, model, optimizer, batches, order), seconds(evaluate, model, batches)
-
-def plan_hours(
-    plan:Sequence[TrainConfig], # that of `depth_plan`
-    n_final:int=len(SEEDS), # runs on the test images that follow from it, for each arm of each cell
-    measure:Callable[[TrainConfig], tuple[float, float]]=measure_images, # the cost of an image
-) -> pd.DataFrame:
-    "By family: rate_runs, final_runs, and hours of one core, once each arm and cell is measured."
-    cost, n_rates = cache(measure), len({config.lr for config in plan})
-    rows: list[tuple[str, float, float, float]] = []
-    for config in plan:
-        depths = FAMILIES[config.network].depths
-        at = replace(config, depth=depths[len(depths) // 2], seed=0, lr=RATES[0])
-        plain = partial(replace, at, **{name: getattr(TrainConfig(), name) for name in _ARM_FIELDS})
-        factor = sum(cost(at)) / sum(cost(plain()))
-        images = [each * factor for each in cost(plain(depth=config.depth))]
-        rows.append((config.network, 1, 0, run_seconds(config, *images) / 3600))
-        if config.seed == plan[0].seed and n_final:  # the chosen one of the rates
-            hours = n_final * run_seconds(replace(config, valid='test'), *images) / 3600 / n_rates
-            rows.append((config.network, 0, n_final / n_rates, hours))
-    frame = pd.DataFrame(rows, columns=['family', 'rate_runs', 'final_runs', 'hours'])
-    return frame.groupby('family', sort=False).sum()
 
 # %% ../nbs/09_depth.ipynb #168c352e
 def side_by_side(

@@ -42,12 +42,12 @@ def fans(
     kernel = math.prod(weight.shape[2:])
     return weight.shape[1] * kernel, weight.shape[0] * kernel
 
-# %% ../nbs/02_initializers.ipynb #d623a8c3
+# %% ../nbs/02_initializers.ipynb #faaafcfa
 class Rule(NamedTuple):
     "How a scheme draws a weight: with a standard deviation of gain / sqrt(divisor)."
     distribution: str  # 'normal', 'uniform', or 'orthogonal': a random orthogonal matrix
     gain: float
-    divisor: str  # 'fan_in', 'mean fan' (of fan_in and fan_out), 'larger fan' or '1'
+    divisor: str  # 'fan_in', 'mean fan' (of fan_in and fan_out), 'larger side' (of units x fan_in) or '1'
 
 
 SCHEMES = {
@@ -61,20 +61,22 @@ SCHEMES = {
     'pytorch_default': Rule('uniform', 1 / math.sqrt(3), 'fan_in'),
     'pytorch_sqrt3': Rule('uniform', 1 / math.sqrt(2), 'fan_in'),
     'gain_sqrt3': Rule('uniform', math.sqrt(3), 'fan_in'),
-    'orthogonal': Rule('orthogonal', 1.0, 'larger fan'),
+    'orthogonal': Rule('orthogonal', 1.0, 'larger side'),
 }
 
-# %% ../nbs/02_initializers.ipynb #661ed72d
+# %% ../nbs/02_initializers.ipynb #58c054e4
 def scheme_std(
     scheme:str, # one of `SCHEMES`
     fan_in:int, # inputs of a unit
     fan_out:int, # units that an input feeds
     gain:float | None=None, # replaces the scheme's own
+    *,
+    units:int | None=None, # rows of the weight (its first dimension), fan_out if None; for 'orthogonal'
 ) -> float:
     "The standard deviation of a weight under a scheme. `ValueError` for a wrong name."
     rule = SCHEMES[one_of(scheme, SCHEMES, 'scheme')]
-    mean, larger = (fan_in + fan_out) / 2, max(fan_in, fan_out)
-    divisor = {'fan_in': fan_in, 'mean fan': mean, 'larger fan': larger, '1': 1}[rule.divisor]
+    mean, larger = (fan_in + fan_out) / 2, max(fan_in, fan_out if units is None else units)
+    divisor = {'fan_in': fan_in, 'mean fan': mean, 'larger side': larger, '1': 1}[rule.divisor]
     return (rule.gain if gain is None else gain) / math.sqrt(divisor)
 
 # %% ../nbs/02_initializers.ipynb #e7e26826
@@ -91,7 +93,7 @@ def _check_parameters(name: str, layer: nn.Module) -> None:
         reason = 'has no shape yet: run a batch through the model first' if lazy else computed
         raise ValueError(f'model: the {each} of layer {name or type(layer).__name__!r} {reason}')
 
-# %% ../nbs/02_initializers.ipynb #94d6707b
+# %% ../nbs/02_initializers.ipynb #45ad824a
 @torch.no_grad()
 def init_weights(
     model: Model, scheme: str, *, gain: float | None = None, generator: torch.Generator | None = None,
@@ -138,16 +140,17 @@ def init_weights(
         fan_in, fan_out = fans(layer.weight)
         std = scheme_std(scheme, fan_in, fan_out, gain)
         end = math.sqrt(3) * std
+        orthogonal_gain = SCHEMES[scheme].gain if gain is None else gain
         match SCHEMES[scheme].distribution:
             case 'normal': nn.init.normal_(layer.weight, std=std, generator=generator)
             case 'uniform': nn.init.uniform_(layer.weight, -end, end, generator)
-            case 'orthogonal': nn.init.orthogonal_(layer.weight, gain or SCHEMES[scheme].gain, generator)
+            case 'orthogonal': nn.init.orthogonal_(layer.weight, orthogonal_gain, generator)
         if layer.bias is None: continue
         bound = 1 / math.sqrt(fan_in) if scheme.startswith('pytorch') else 0.0  # zeros use random numbers too
         nn.init.uniform_(layer.bias, -bound, bound, generator)
     return model
 
-# %% ../nbs/02_initializers.ipynb #5146d694
+# %% ../nbs/02_initializers.ipynb #73feda21
 def signal_and_gradient(
     model:nn.Sequential, # a chain of layers
     x:Tensor, # (batch, ...), the input
@@ -155,14 +158,16 @@ def signal_and_gradient(
 ) -> pd.DataFrame:
     """Standard normal noise sent back from the end of a network: a row a layer.
 
-    Columns: layer, type, mean and std (population) of its output, gradient_std at its output.
+    Columns: layer, type, mean and std (population) of its output, gradient_std at its output, std_between (of
+    a unit's output between inputs, averaged over units).
     """
     outputs = []
     for layer in model: outputs.append(x := layer(x))
     gradients = torch.autograd.grad(x, outputs, torch.randn(x.shape, generator=generator).to(x))
     rows = []
     for number, (layer, output, gradient) in enumerate(zip(model, outputs, gradients, strict=True), start=1):
-        mean, std, gradient_std = output.mean(), output.std(correction=0), gradient.std(correction=0)
-        row = dict(mean=mean.item(), std=std.item(), gradient_std=gradient_std.item())
-        rows.append(dict(layer=number, type=type(layer).__name__, **row))
+        row = dict(mean=output.mean(), std=output.std(correction=0), gradient_std=gradient.std(correction=0))
+        row['std_between'] = output.std(0, correction=0).mean()
+        values = {name: value.item() for name, value in row.items()}
+        rows.append(dict(layer=number, type=type(layer).__name__, **values))
     return pd.DataFrame(rows)

@@ -96,9 +96,9 @@ def gaussian_moments(fn: Callable[[Tensor], Tensor], preact_std: float = 1.0) ->
         raise ValueError(f'fn={fn!r}: has no finite second moment at preact_std={preact_std!r}')
     return moments
 
-# %% ../nbs/03_mean_shift.ipynb #5f0716ad
+# %% ../nbs/03_mean_shift.ipynb #c6cb32fc
 def centred_gain(fn: Callable[[Tensor], Tensor]) -> float:
-    """The gain that suits an activation whose mean is subtracted: 1 / std of fn(z), z ~ N(0, 1) (Eq. 03.6).
+    """The gain that belongs to an activation minus its mean: 1 / std of fn(z), z ~ N(0, 1) (Eq. 03.6).
 
     Parameters
     ----------
@@ -116,8 +116,10 @@ def centred_gain(fn: Callable[[Tensor], Tensor]) -> float:
 
     Notes
     -----
-    Weights of standard deviation gain / sqrt(fan_in) keep the variance at one through all layers if fn is
-    positively homogeneous (ReLU, Leaky ReLU). For others, multiply the unit's output by the gain instead:
+    With weights of standard deviation gain / sqrt(fan_in), a positively homogeneous fn (ReLU, Leaky ReLU)
+    keeps every variance if each layer subtracts its own mean. With a constant in its place a variance of one
+    is kept, but an excess grows: with ReLU and n units this lasts for about 2.5 n^(1/3) layers (Eq. 04.6).
+    For other functions multiply the unit's output by the gain, and start at a variance of one:
     `ZeroMean(fn, unit_variance=True)`. Source: Brock, De and Smith 2021, arXiv 2101.08692.
 
     Examples

@@ -6,12 +6,13 @@
 __all__ = ['Activation', 'LAYERS', 'plain_cnn', 'summary', 'plot_network', 'figure_6', 'compensate_next_bias', 'mlp', 'deep_cnn',
            'RowReader', 'rnn']
 
-# %% ../nbs/05_models.ipynb #ee9cabe9
+# %% ../nbs/05_models.ipynb #4d33ee89
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from math import sqrt
+from itertools import pairwise
+from math import prod, sqrt
 from typing import Any
 
 import pandas as pd
@@ -28,32 +29,29 @@ from .config import check_number, check_shifted
 from .initializers import init_weights
 from .style import colour, new_axes, panels
 
-# %% ../nbs/05_models.ipynb #8e3cc09a
+# %% ../nbs/05_models.ipynb #4ec183f2
 Activation = str | Callable[[], nn.Module]  # a registered name, or what returns a new module at each call
 
-def _unit_maker(activation:Activation, shift:float | None) -> Callable[[], nn.Module]:
-    "What makes a new activation module for each layer."
-    if shift is not None:
+def _assemble(
+    make:Callable[[Any], Any], # from what makes an activation module to the network
+    activation:Activation='relu', init:str='kaiming_normal', compensate_bias:bool=False, *,
+    gain:float | None=None, shift:float | None=None, generator:torch.Generator | None=None,
+) -> Any:
+    "A network with its activations and first weights; the options are those of `plain_cnn`."
+    unit: Any = activation
+    if shift is not None and not compensate_bias:
         check_shifted(activation, check_number(shift, 'shift'))
-        return partial(WIBReLU, shift)
-    if isinstance(activation, str): return partial(make_activation, activation)
-    if isinstance(activation, nn.Module):
+        unit = partial(WIBReLU, shift)
+    elif isinstance(activation, str): unit = partial(make_activation, activation)
+    elif isinstance(activation, nn.Module):
         raise TypeError(f'activation={activation!r}: must be a name, or a callable that returns a new module '
                         'for each layer, such as nn.ReLU')
-    return activation
-
-def _initialise(
-    model:Any, init:str, compensate_bias:bool, activation:Activation, shift:float | None, gain:float | None,
-    generator:torch.Generator | None,
-) -> Any:
-    "Draws the weights, and compensates the biases if asked for."
-    init_weights(model, init, gain=gain, generator=generator)
-    if not compensate_bias: return model
-    if activation != 'relu':
+    if compensate_bias and activation != 'relu':
         raise ValueError(f"compensate_bias=True with activation={activation!r}: must come with 'relu'")
-    return compensate_next_bias(model, EQ7_SHIFT if shift is None else shift)
+    model = init_weights(make(unit), init, gain=gain, generator=generator)
+    return compensate_next_bias(model, EQ7_SHIFT if shift is None else shift) if compensate_bias else model
 
-# %% ../nbs/05_models.ipynb #b2822580
+# %% ../nbs/05_models.ipynb #5a24b838
 LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'pool', 'flatten', 'dense')  # the seven that Fig. 7 counts
 
 def plain_cnn(
@@ -70,16 +68,16 @@ def plain_cnn(
     """The paper's network (Fig. 6): images (batch, in_channels, height, width) to scores (batch, n_classes),
     in seven named layers. `ValueError` for an unknown name, or for `compensate_bias` or `shift` with an
     activation that has no use for it."""
-    unit = _unit_maker(activation, None if compensate_bias else shift)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    n_in = in_channels
-    for number, (n_out, kernel) in enumerate(((8, 5), (16, 3), (32, 3), (64, 3)), start=1):
-        conv = skip_init(nn.Conv2d, n_in, n_out, kernel, stride=2, padding=kernel // 2)
-        layers[f'conv{number}'] = nn.Sequential(OrderedDict(conv=conv, act=unit()))
-        n_in = n_out
-    dense = skip_init(nn.Linear, n_in, n_classes)
-    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), dense=dense)
-    return _initialise(nn.Sequential(layers), init, compensate_bias, activation, shift, gain, generator)
+    def make(unit: Any) -> nn.Sequential:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for number, (n_in, n_out) in enumerate(pairwise((in_channels, 8, 16, 32, 64)), start=1):
+            kernel = 5 if number == 1 else 3
+            conv = skip_init(nn.Conv2d, n_in, n_out, kernel, stride=2, padding=kernel // 2)
+            layers[f'conv{number}'] = nn.Sequential(OrderedDict(conv=conv, act=unit()))
+        dense = skip_init(nn.Linear, n_out, n_classes)
+        layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), dense=dense)
+        return nn.Sequential(layers)
+    return _assemble(make, activation, init, compensate_bias, gain=gain, shift=shift, generator=generator)
 
 # %% ../nbs/05_models.ipynb #7c4a494f
 def _describe_kernel(layer:nn.Module) -> str:
@@ -144,7 +142,7 @@ def compensate_next_bias(
     for layer in layers[1:]: layer.bias -= check_number(shift, 'shift') * layer.weight.flatten(1).sum(1)
     return model
 
-# %% ../nbs/05_models.ipynb #d2108798
+# %% ../nbs/05_models.ipynb #72fb4d1c
 def _block(layer:nn.Module, norm:nn.Module | None, unit:nn.Module) -> nn.Sequential:
     "A layer, its batch norm if it has one, and its activation."
     parts = OrderedDict(layer=layer, norm=norm, act=unit)
@@ -155,53 +153,42 @@ def mlp(
     n_classes:int=10, # outputs of the last layer
     depth:int=4, # hidden layers
     width:int=128, # units of a hidden layer
-    activation:Activation='relu', # as in `plain_cnn`
-    init:str='kaiming_normal', # as in `plain_cnn`
-    compensate_bias:bool=False, # as in `plain_cnn`
     *,
-    gain:float | None=None, # as in `plain_cnn`
-    shift:float | None=None, # as in `plain_cnn`
     batch_norm:bool=False, # before each activation
-    generator:torch.Generator | None=None, # source of the random weights
+    **options:Any, # as in `plain_cnn`: activation, init, compensate_bias, gain, shift, generator
 ) -> nn.Sequential:
     """A fully connected network: `depth` hidden layers of `width` units, named hidden1, hidden2, ..., and a
     dense layer."""
-    unit = _unit_maker(activation, None if compensate_bias else shift)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    n_in = image_shape[0] * image_shape[1] * image_shape[2]
-    for number in range(1, depth + 1):
-        norm = nn.BatchNorm1d(width) if batch_norm else None
-        layers[f'hidden{number}'] = _block(skip_init(nn.Linear, n_in, width), norm, unit())
-        n_in = width
-    layers['dense'] = skip_init(nn.Linear, n_in, n_classes)
-    return _initialise(nn.Sequential(layers), init, compensate_bias, activation, shift, gain, generator)
+    def make(unit: Any) -> nn.Sequential:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        for number in range(1, depth + 1):
+            dense = skip_init(nn.Linear, prod(image_shape) if number == 1 else width, width)
+            layers[f'hidden{number}'] = _block(dense, nn.BatchNorm1d(width) if batch_norm else None, unit())
+        layers['dense'] = skip_init(nn.Linear, width, n_classes)
+        return nn.Sequential(layers)
+    return _assemble(make, **options)
 
 def deep_cnn(
     image_shape:Sequence[int], # (channels, height, width) of one image
     n_classes:int=10, # outputs of the dense layer
     depth:int=4, # convolutions
     width:int=16, # channels of each
-    activation:Activation='relu', # as in `plain_cnn`
-    init:str='kaiming_normal', # as in `plain_cnn`
-    compensate_bias:bool=False, # as in `plain_cnn`
     *,
-    gain:float | None=None, # as in `plain_cnn`
-    shift:float | None=None, # as in `plain_cnn`
     batch_norm:bool=False, # before each activation
-    generator:torch.Generator | None=None, # source of the random weights
+    **options:Any, # as in `mlp`
 ) -> nn.Sequential:
     """A CNN whose first convolution (5 x 5, stride 4) leaves a quarter of the side; the others (3 x 3) keep
     it: 8 x 8 on CIFAR-10."""
-    unit = _unit_maker(activation, None if compensate_bias else shift)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number in range(1, depth + 1):
-        norm = nn.BatchNorm2d(width) if batch_norm else None
-        conv = skip_init(nn.Conv2d, width, width, 3, padding=1)
-        if number == 1: conv = skip_init(nn.Conv2d, image_shape[0], width, 5, stride=4, padding=2)
-        layers[f'conv{number}'] = _block(conv, norm, unit())
-    dense = skip_init(nn.Linear, width, n_classes)
-    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), dense=dense)
-    return _initialise(nn.Sequential(layers), init, compensate_bias, activation, shift, gain, generator)
+    def make(unit: Any) -> nn.Sequential:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for number in range(1, depth + 1):
+            conv = skip_init(nn.Conv2d, width, width, 3, padding=1)
+            if number == 1: conv = skip_init(nn.Conv2d, image_shape[0], width, 5, stride=4, padding=2)
+            layers[f'conv{number}'] = _block(conv, nn.BatchNorm2d(width) if batch_norm else None, unit())
+        dense = skip_init(nn.Linear, width, n_classes)
+        layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), dense=dense)
+        return nn.Sequential(layers)
+    return _assemble(make, **options)
 
 class RowReader(nn.Module):
     """A vanilla recurrent network over an image that is cut into equal pieces in reading order:
@@ -234,27 +221,19 @@ def rnn(
     n_classes:int=10, # outputs of the dense layer
     depth:int=28, # steps in which an image is read: 28 reads Fashion-MNIST row by row
     width:int=128, # units of the hidden state
-    activation:Activation='relu', # as in `plain_cnn`
-    init:str='kaiming_normal', # as in `plain_cnn`; fan_in counts the inputs and the hidden state
-    compensate_bias:bool=False, # as in `plain_cnn`; exact from the second step on
     *,
-    gain:float | None=None, # as in `plain_cnn`
-    shift:float | None=None, # as in `plain_cnn`
     batch_norm:bool=False, # not for this network: one batch norm cannot serve all steps
-    generator:torch.Generator | None=None, # source of the random weights
+    **options:Any, # as in `mlp`; fan_in counts the hidden state; compensate_bias is exact from step 2 on
 ) -> RowReader:
     """A vanilla recurrent network that reads an image in `depth` steps. `ValueError` if they do not divide
     the image, or for batch norm."""
-    n_pixels = image_shape[0] * image_shape[1] * image_shape[2]
-    if n_pixels % depth: raise ValueError(f'depth={depth}: must divide the {n_pixels} numbers of an image')
+    n_inputs, left = divmod(prod(image_shape), depth)
+    if left: raise ValueError(f'depth={depth}: must divide the {prod(image_shape)} numbers of an image')
     if batch_norm:
         raise ValueError("batch_norm=True: must come with 'mlp' or 'deep_cnn'; one batch norm cannot serve "
                          'all steps')
-    unit = _unit_maker(activation, None if compensate_bias else shift)
-    model = RowReader(n_pixels // depth, depth, width, n_classes, unit())
-    _initialise(model, init, compensate_bias, activation, shift, gain, generator)  # lowers the dense bias
-    if compensate_bias:
-        with torch.no_grad():
-            hidden_weights = model.cell.weight[:, model.n_inputs:]
-            model.cell.bias -= (EQ7_SHIFT if shift is None else shift) * hidden_weights.sum(1)
+    model = _assemble(lambda unit: RowReader(n_inputs, depth, width, n_classes, unit()), **options)
+    if options.get('compensate_bias'):  # the dense layer's bias is lowered already
+        shift = EQ7_SHIFT if options.get('shift') is None else options['shift']
+        with torch.no_grad(): model.cell.bias -= shift * model.cell.weight[:, n_inputs:].sum(1)
     return model

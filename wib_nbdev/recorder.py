@@ -7,7 +7,7 @@ __all__ = ['NEAR_ZERO', 'FIGURE_NEAR_ZERO', 'ACTIVATION_TYPES', 'LAYER_COLOURS',
            'find_layers', 'ActivationRecorder', 'plot_layer_stats', 'plot_near_zero', 'plot_histogram', 'plot_updates',
            'dead_units']
 
-# %% ../nbs/lib/recorder.ipynb #a6e7a583
+# %% ../nbs/lib/recorder.ipynb #7a1c9a94
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .activations import WIBReLU, WIBReLUBatch, WIBReLUCode, ZeroMean
 from .config import check_number, one_of
-from .style import THEORY, new_axes
+from .style import THEORY, label_ends, new_axes
 
 # %% ../nbs/lib/recorder.ipynb #4e8aae0e
 def cuts(
@@ -66,7 +66,7 @@ NEAR_ZERO = {
 }
 FIGURE_NEAR_ZERO = ('near_zero_0.5', 'near_zero_bins_0.5', 'near_zero_bins_-0.35_0.7') # for Fig. 8 and 10
 
-# %% ../nbs/lib/recorder.ipynb #87465b98
+# %% ../nbs/lib/recorder.ipynb #ee738c9c
 ACTIVATION_TYPES: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink,
@@ -76,11 +76,10 @@ ACTIVATION_TYPES: tuple[type[nn.Module], ...] = (
 
 def activation_of(
     layer:nn.Module, # any module
-    types:tuple[type[nn.Module], ...]=ACTIVATION_TYPES, # the classes that count as activations
 ) -> nn.Module | None:
     "The activation that makes the layer's output: the layer itself, or the last of a plain `nn.Sequential`."
     plain = nn.Sequential.forward # a subclass with its own forward, such as a residual block, may do more
-    while not isinstance(layer, types):
+    while not isinstance(layer, ACTIVATION_TYPES):
         if not (isinstance(layer, nn.Sequential) and type(layer).forward is plain and layer): return None
         layer = layer[-1]
     return layer
@@ -89,13 +88,12 @@ def activation_of(
 def find_layers(
     model:nn.Module, # any
     layers:Sequence[str] | None=None, # module names; None: all activations and the last module
-    types:tuple[type[nn.Module], ...]=ACTIVATION_TYPES, # the classes that count as activations
 ) -> dict[str, nn.Module]:
     "The named modules of `model`. `ValueError` for a name that it does not have."
     modules = dict(model.named_modules())
     if isinstance(layers, str): raise TypeError(f'layers={layers!r}: must be a list, such as [{layers!r}]')
     if layers is not None: return {one_of(name, modules, 'layers'): modules[name] for name in layers}
-    names = [name for name, module in modules.items() if isinstance(module, types)]
+    names = [name for name, module in modules.items() if isinstance(module, ACTIVATION_TYPES)]
     inner = tuple(f'{name}.' for name in names if name) # the parts of an activation
     outer = {name: module for name, module in modules.items() if not name.startswith(inner)}
     last = [name for name, module in outer.items() if name in names or not any(module.children())][-1]
@@ -125,7 +123,7 @@ def _numbers(rows: list[list[Any]]) -> list[list[Any]]:
     read = lambda value: islice(numbers, value.numel()) if isinstance(value, Tensor) else [value]
     return [[number for value in row for number in read(value)] for row in rows]
 
-# %% ../nbs/lib/recorder.ipynb #c1970eaa
+# %% ../nbs/lib/recorder.ipynb #371dff26
 class ActivationRecorder:
     """Statistics of the outputs of a model's layers at every training iteration. It is a context manager.
 
@@ -142,7 +140,7 @@ class ActivationRecorder:
         Names from `model.named_modules()`. By default all activations, and the last module.
     every : int or function of int -> bool
         Record every so many iterations, or those for which the function is true. An iteration is a forward
-        pass of `model` in the mode `when`.
+        pass of `model` in training mode; others do not count.
     near_zero : sequence of str
         The near-zero shares to count: keys of `NEAR_ZERO`.
     gradients : bool
@@ -153,18 +151,13 @@ class ActivationRecorder:
     updates : bool
         Also measure gradients, weights and updates, for `updates_frame`: call `record_updates()` after each
         `optimizer.step()`.
-    when : {'train', 'eval', 'always'}
-        The forward passes that count: those in training mode, those in evaluation mode, or all.
-    bins : int
     value_range : (float, float)
-        The histogram's bins. A value outside of the range is in none of them.
-    activation_types : tuple of type
-        The classes that count as activations.
+        Where the histogram's 40 bins lie. A value outside of the range is in none of them.
 
     Raises
     ------
     ValueError
-        For an unknown layer, definition or mode, and at `start` for a compiled model, which may skip hooks.
+        For an unknown layer or definition, and at `start` for a compiled model, which may skip hooks.
 
     References
     ----------
@@ -181,19 +174,15 @@ class ActivationRecorder:
     def __init__(
         self, model:nn.Module, layers:Sequence[str] | None=None, every:int | Callable[[int], bool]=1, *,
         near_zero:Sequence[str]=FIGURE_NEAR_ZERO, gradients:bool=False, histogram:bool=False,
-        updates:bool=False, when:str='train', bins:int=40, value_range:tuple[float, float]=(-7.0, 7.0),
-        activation_types:tuple[type[nn.Module], ...]=ACTIVATION_TYPES,
+        updates:bool=False, value_range:tuple[float, float]=(-7.0, 7.0),
     ) -> None:
-        self._model, self._types = model, activation_types
-        self.layers = list(find_layers(model, layers, activation_types))
+        self._model, self.layers = model, list(find_layers(model, layers))
         self.every = every if callable(every) else check_number(every, 'every', low=1, integer=True)
         self.near_zero = {name: NEAR_ZERO[one_of(name, NEAR_ZERO, 'near_zero')] for name in near_zero}
         self.gradients, self.updates = gradients, updates
-        self.when = one_of(when, ('train', 'eval', 'always'), 'when')
-        edges = np.linspace(*value_range, check_number(bins, 'bins', low=1, integer=True) + 1).round(12)
-        self.bin_edges: list[float] = edges.tolist() if histogram else []
-        self._bins = [*(cuts(f'[{edge}, inf]')[0] for edge in edges[:-1]), cuts(f'[0, {edges[-1]}]')[1]]
-        if not histogram: self._bins = []
+        self.bin_edges: list[float] = np.linspace(*value_range, 41).round(12).tolist() if histogram else []
+        self._bins = [cuts(f'[{edge}, inf]')[0] for edge in self.bin_edges[:-1]]
+        if histogram: self._bins.append(cuts(f'[0, {self.bin_edges[-1]}]')[1])
         intervals = [interval for d in self.near_zero.values() for interval in (d.near, d.kept) if interval]
         self._edges = sorted({*self._bins, *(edge for interval in intervals for edge in cuts(interval))})
         self.iterations = 0 # forward passes that counted
@@ -212,7 +201,7 @@ class ActivationRecorder:
             if not hasattr(module, '_orig_mod') and module._compiled_call_impl is None: continue
             raise ValueError(f'model: {name or "it"} is compiled and may skip hooks; record it uncompiled')
         modules = find_layers(self._model, self.layers)
-        activations = {name: activation_of(layer, self._types) for name, layer in modules.items()}
+        activations = {name: activation_of(layer) for name, layer in modules.items()}
         self._handles = [self._model.register_forward_pre_hook(self._begin)]
         for activation in {a for a in activations.values() if a is not None}:
             self._handles.append(activation.register_forward_pre_hook(self._before))
@@ -229,11 +218,9 @@ class ActivationRecorder:
     def __enter__(self) -> 'ActivationRecorder': return self.start()
     def __exit__(self, *_:Any) -> None: self.stop()
 
-    def _counts(self) -> bool: return self.when == 'always' or self._model.training == (self.when == 'train')
-
     def _begin(self, model:nn.Module, args:Any) -> None:
         self._pass, self._inputs = None, {} # whatever a pass that raised has left
-        if not self._counts(): return
+        if not model.training: return
         wanted = self.every(self.iterations) if callable(self.every) else self.iterations % self.every == 0
         self._pass = {} if wanted else None
         weights = model.named_parameters() if wanted and self.updates else ()
@@ -280,7 +267,7 @@ class ActivationRecorder:
     def _end(self, model:nn.Module, args:Any, output:Any) -> None:
         self._rows += (self._pass or {}).values()
         self._pass = None
-        self.iterations += self._counts()
+        self.iterations += model.training
 
     def record_updates(self) -> None:
         "Measure what `optimizer.step()` did to each weight; call it after the step. For `updates`."
@@ -339,51 +326,37 @@ class ActivationRecorder:
         frame = pd.DataFrame(_numbers(self._updates), columns=columns)
         return frame.assign(ratio=frame['update_std'] / frame['weight_std'])
 
-# %% ../nbs/lib/recorder.ipynb #bae48235
+# %% ../nbs/lib/recorder.ipynb #0612ac1c
 LAYER_COLOURS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#8C564B', '#6F5FB8')
 
 
-def _draw(frame: pd.DataFrame, column: str, ax: Axes, layers: Sequence[str] | None, labels: bool) -> Axes:
-    "A line for each layer: wide for the first ones, so that a later one does not hide them."
-    known = list(frame['layer'].unique())
+def _draw(frame: pd.DataFrame, column: str, ax: Axes, layers: Sequence[str] | None = None) -> Axes:
+    "A line for each layer, labelled: wide for the first ones, so that a later one does not hide them."
+    known, ends = list(frame['layer'].unique()), {}
     for layer in known if layers is None else layers:
         place = known.index(one_of(layer, known, 'layers'))
         part = frame[frame['layer'] == layer]
         colour, width = LAYER_COLOURS[place % len(LAYER_COLOURS)], 3 - 2.2 * place / len(known)
         ax.plot(part['iteration'], part[column], color=colour, linewidth=width, label=layer)
-    if labels: _label_lines([line for line in ax.lines if line.get_label() in known], ax)
+        finite = part[np.isfinite(part[column])]
+        if len(finite): ends[layer] = (*finite[['iteration', column]].iloc[-1], colour)
+    label_ends(ax, ends)
     return ax
 
-
-def _label_lines(lines: list[Any], ax: Axes) -> None:
-    "Write each line's label beside its right end, in its colour; labels that would overlap are moved apart."
-    finite = {line: points[np.isfinite(points[:, 1])] for line in lines if len(points := line.get_xydata())}
-    ends = {line: points[-1] for line, points in finite.items() if len(points)}
-    ax.get_ylim() # sets the limits, which transData needs
-    heights = {line: (ax.transData - ax.transAxes).transform(end)[1] for line, end in ends.items()}
-    gap, height = min(0.085, 1 / max(1, len(ends) - 1)), -inf
-    for above, line in zip(reversed(range(len(ends))), sorted(ends, key=heights.__getitem__), strict=True):
-        height = min(max(heights[line], height + gap, 0), 1 - gap * above) # leaves room for those above
-        style = dict(arrowstyle='-', color=line.get_color(), linewidth=0.6, shrinkA=0, shrinkB=0)
-        ax.annotate(line.get_label(), ends[line], (1.07, height), textcoords='axes fraction', va='center',
-                    color=line.get_color(), fontsize=8, arrowprops=style, annotation_clip=False)
-
-# %% ../nbs/lib/recorder.ipynb #d49c8902
+# %% ../nbs/lib/recorder.ipynb #e7c7855b
 def plot_layer_stats(
     frame:pd.DataFrame, # of `ActivationRecorder.to_frame`
     stat:str='mean', # a column: mean, std, inactive, a near-zero share or gradient_rms
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
-    layers:Sequence[str] | None=None, # those to draw; all if None
     title:str='', # what the panel shows
-    labels:bool=True, # write each layer's name beside its line
 ) -> Axes:
     "One statistic over iterations, a line for each layer."
     one_of(stat, [column for column in frame if column not in ('iteration', 'layer')], 'stat')
     ylabel = f'{stat} of the output' if stat in ('mean', 'std') else stat
     ax = new_axes(ax, title=title, xlabel='iteration', ylabel=ylabel)
     if stat == 'gradient_rms': ax.set_yscale('log')
-    return _draw(frame, stat, ax, layers, labels)
+    return _draw(frame, stat, ax)
 
 
 def plot_near_zero(
@@ -393,7 +366,6 @@ def plot_near_zero(
     *,
     layers:Sequence[str] | None=None, # those to draw; the layers with an activation if None
     title:str='', # what the panel shows
-    labels:bool=True, # write each layer's name beside its line
 ) -> Axes:
     "The share of near-zero (or inactive) values over iterations in percent, a line for each layer."
     one_of(definition, [name for name in (*NEAR_ZERO, 'inactive') if name in frame], 'definition')
@@ -401,7 +373,7 @@ def plot_near_zero(
     counted = f'values in {NEAR_ZERO[definition].near}' if definition in NEAR_ZERO else 'inputs not above 0'
     ax = new_axes(ax, title=title, xlabel='iteration', ylabel=f'{counted} (%)')
     ax.set_ylim(0, 100)
-    return _draw(frame.assign(share=100 * frame[definition]), 'share', ax, layers, labels)
+    return _draw(frame.assign(share=100 * frame[definition]), 'share', ax, layers)
 
 
 def plot_histogram(
@@ -423,29 +395,25 @@ def plot_updates(
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
     title:str='', # what the panel shows
-    labels:bool=True, # write each weight's name beside its line
 ) -> Axes:
     "The update-to-weight ratio over iterations, a line for each weight; dashed, the rule of thumb of 1e-3."
     ax = new_axes(ax, title=title, xlabel='iteration', ylabel='std(update) / std(weight)')
     ax.set_yscale('log')
     ax.axhline(1e-3, **THEORY)
-    return _draw(frame, 'ratio', ax, None, labels)
+    return _draw(frame, 'ratio', ax)
 
-# %% ../nbs/lib/recorder.ipynb #0f8f398a
+# %% ../nbs/lib/recorder.ipynb #1d9524e9
 @torch.no_grad()
 def dead_units(
     model:nn.Module, # any; its modes and weights are left as they were
     batches:Tensor | Iterable[Any], # inputs (n, ...), or batches of them; of (inputs, labels) the inputs
     layers:Sequence[str] | None=None, # names of layers with an activation; None: all of them
     *,
-    batch_size:int=512, # in which a single tensor is taken apart
     unit_dim:int=1, # where units lie: 1 for (batch, channels, ...), -1 for (batch, tokens, features)
-    activation_types:tuple[type[nn.Module], ...]=ACTIVATION_TYPES, # the classes that count as activations
 ) -> pd.DataFrame:
     """layer, n_units, dead: the share of units whose pre-activation is nowhere above 0, over all inputs and
     places, in evaluation mode. `ValueError` for a layer without an activation, or for no input."""
-    modules = find_layers(model, layers, activation_types)
-    found = {name: activation_of(layer, activation_types) for name, layer in modules.items()}
+    found = {name: activation_of(layer) for name, layer in find_layers(model, layers).items()}
     greatest: dict[str, Tensor] = {}
     def look(name: str, module: nn.Module, args: Any) -> None:
         most = args[0].detach().movedim(unit_dim, 0).flatten(1).amax(1)
@@ -456,7 +424,7 @@ def dead_units(
             if act is not None: handles.append(act.register_forward_pre_hook(partial(look, name)))
             elif layers: raise ValueError(f'layers: {name!r} has no activation at its end')
         model.eval()
-        for batch in batches.split(batch_size) if isinstance(batches, Tensor) else batches:
+        for batch in batches.split(512) if isinstance(batches, Tensor) else batches:
             model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     finally:
         for handle in handles: handle.remove()

@@ -7,32 +7,38 @@ __all__ = ['PAPER', 'PROJECT', 'SITE', 'QUANTITIES', 'WHAT_IS_PROMISED', 'TOO_SM
            'PICTURES', 'THEME_TITLES', 'main_setting', 'setting_in_words', 'state_of', 'against_relu', 'headline',
            'change', 'numbers', 'Promise', 'promises', 'as_markdown', 'mark', 'explain_mark', 'count_verdicts',
            'provenance', 'reason', 'measured', 'verdict_table', 'full_reproduction', 'terminal_summary', 'as_svgs',
-           'Picture', 'render', 'write_report']
+           'Picture', 'explorable', 'render', 'write_report']
 
-# %% ../nbs/lib/report.ipynb #46bc64ac
+# %% ../nbs/lib/report.ipynb #71e29c56
+import base64
+import hashlib
 import io
 import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from .activations import EQ7_SHIFT, figure_5
+from wib_nbdev.activations import (
+    CENTRED_GAIN, CENTRED_SHIFT, EQ7_SHIFT, figure_5, simulate_depth, wib_relu,
+)
 from wib_nbdev.claims import (
     DATASETS, JUDGED, PROMISES, THEMES, VERDICTS, Evidence, MissingRuns, Test, committed_verdicts, grade,
-    judge, ratio, some,
+    judge, some,
 )
 from .comparison import figure_12, figure_13, figure_forest, figure_rates, figure_speed
 from .config import TrainConfig
-from .initializers import figure_3b
+from .initializers import SCHEMES, figure_3b
 from .mean_shift import figure_4
 from .models import figure_6
 from .plan import MAIN, PAPER_ARMS, SETTINGS
@@ -78,8 +84,7 @@ def setting_in_words(
 QUANTITIES = {
     'accuracy': 'validation accuracy', 'loss': 'validation loss', 'train loss': 'training loss',
     'epochs': 'epochs to the same training loss', 'seconds': 'seconds to the same training loss',
-    'roughness': 'roughness of the training loss',
-    'own rate': 'validation accuracy, each at its own best learning rate'}
+    'own rate': 'validation accuracy, each at its own best optimiser and rate'}
 _COLUMNS = ['dataset', 'quantity', 'metric', 'n', 'effect', 'effect_low', 'effect_high', 'claimed', 'state']
 
 def state_of(
@@ -116,12 +121,6 @@ def _speed(evidence: Evidence) -> Iterator[dict[str, Any]]:
         yield _relative(row.dataset, 'epochs', row.n, row.ratio, row.low, row.high)
         yield _relative(row.dataset, 'seconds', row.n, row.seconds_ratio, row.seconds_low, row.seconds_high)
 
-def _roughness(evidence: Evidence) -> Iterator[dict[str, Any]]:
-    rough, none = evidence.roughness(), pd.Series(dtype=float)
-    for dataset in DATASETS:
-        wib, relu = (rough.get(('train', dataset, arm), none) for arm in ('wib_relu', 'relu'))
-        yield _relative(dataset, 'roughness', int((wib - relu).count()), *ratio(wib, relu))
-
 def _own_rate(evidence: Evidence) -> Iterator[dict[str, Any]]:
     for dataset in DATASETS:
         try: rows = evidence.at_best(dataset)
@@ -139,7 +138,7 @@ def against_relu(
     rows: list[dict[str, Any]] = []
     try:
         if {'wib_relu', 'relu'} <= set(select(evidence.main, status='finished').runs['arm']):
-            for part in (_last_epoch, _speed, _roughness, _own_rate): rows += part(evidence)
+            for part in (_last_epoch, _speed, _own_rate): rows += part(evidence)
     except MissingRuns: pass
     frame = pd.DataFrame([row for row in rows if row['n']], columns=_COLUMNS)
     frame['state'] = [state_of(row.effect_low, row.effect_high, row.n, row.metric)
@@ -217,7 +216,7 @@ def numbers(
     seeds = ' to '.join(map(str, sorted({n.min(), n.max()})))
     return f"WIB-ReLU against ReLU over {seeds} paired seeds, with 95 % intervals: {'; '.join(parts)}."
 
-# %% ../nbs/lib/report.ipynb #b380d706
+# %% ../nbs/lib/report.ipynb #1ba55432
 class Promise(NamedTuple):
     "A promise of the paper, the quantity that shows it, and the rule of its verdict in plain words."
     text: str
@@ -232,8 +231,6 @@ WHAT_IS_PROMISED = (
     Promise('5 % more accuracy', 'accuracy',
             'The interval reaches 5 points (or 5 %) and lies above half a point on both data sets; in part: '
             'above half a point on one.'),
-    Promise('more smooth training', 'roughness',
-            'The training loss zigzags less: the interval lies below zero on both; in part: on one.'),
     Promise('fast convergence', 'epochs',
             'The interval lies below zero on both data sets; in part: on one.'),
     Promise('fast by the clock (our addition)', 'seconds',
@@ -254,8 +251,8 @@ def promises(
     results:Results | pd.DataFrame, # of `sweep.load_results`, or the table of `against_relu`
     setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
 ) -> pd.DataFrame:
-    """A row a promise, as text: what is promised, the quantity, its change from ReLU to WIB-ReLU on each data
-    set, the verdict, and when it holds."""
+    """A row a promise, as text: what is promised, the verdict, the change from ReLU to WIB-ReLU on each data
+    set, of which quantity, and when it holds."""
     rows, table = [], _table(results, setting)
     for promise in WHAT_IS_PROMISED:
         found = {row.dataset: row for row in table.itertuples() if row.quantity == promise.quantity}
@@ -263,8 +260,8 @@ def promises(
         verdict = grade(*whole, part=some(part)) if len(found) == len(DATASETS) else VERDICTS[-1]
         cells = {DATASET_LABELS[name]: 'not run' for name in DATASETS}
         cells |= {DATASET_LABELS[name]: change(row) for name, row in found.items()}
-        rows.append({'the paper promises': promise.text, 'WIB-ReLU minus ReLU': QUANTITIES[promise.quantity],
-                     **cells, 'verdict': verdict, 'holds if': promise.rule})
+        rows.append({'the paper promises': promise.text, 'verdict': verdict, **cells,
+                     'measured by': QUANTITIES[promise.quantity], 'holds if': promise.rule})
     return pd.DataFrame(rows)
 
 def as_markdown(
@@ -537,14 +534,53 @@ def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
     svgs = as_svgs(figure, f'{picture.name}: {picture.shows}', prefix)
     return dict(drawn, said=figure.get_suptitle(), svgs=svgs)
 
-# %% ../nbs/lib/report.ipynb #b6595dff
+# %% ../nbs/lib/report.ipynb #ca049d81
+_TEMPLATES = Environment(loader=PackageLoader('wib_nbdev'), autoescape=True, undefined=StrictUndefined,
+                         trim_blocks=True, lstrip_blocks=True)
+_TEMPLATES.filters['code'] = lambda text: Markup(re.sub(r'`([^`]+)`', r'<code>\1</code>', str(escape(text))))
+_UNITS = ('relu', 'leaky_relu', 'prelu', 'elu', 'gelu', 'selu', 'silu', 'tanh')
+_GAINS = {'Kaiming’s gain': SCHEMES['kaiming_normal'].gain, 'the centred gain': CENTRED_GAIN,
+          'PyTorch’s default gain': SCHEMES['pytorch_default'].gain}
+_STARTS = {'The paper: Kaiming’s gain': ('Kaiming’s gain', EQ7_SHIFT),
+           'The centred gain': ('the centred gain', CENTRED_SHIFT),
+           'PyTorch’s default weights': ('PyTorch’s default gain', EQ7_SHIFT)}
+
+def _measure(shift: float, gain: float, layers: list[int], **size: int) -> dict[str, Any]:
+    "Mean and second moment of real networks at some layers, a row a network."
+    generator = torch.Generator().manual_seed(0)
+    frame = simulate_depth(lambda z: wib_relu(z, shift), gain, layers[-1], generator=generator, **size)
+    frame = frame[frame['layer'].isin(layers)].assign(second=frame['mean']**2 + frame['std']**2)
+    rows = {stat: frame.pivot(index='trial', columns='layer', values=stat).to_numpy()
+            for stat in ('mean', 'second')}
+    stats = {stat: [[float(f'{x:.4g}') for x in row] for row in table] for stat, table in rows.items()}
+    return dict(unit='relu', shift=shift, gain=gain, **stats)
+
+@cache
+def _explorable_data() -> dict[str, Any]:
+    "What the explorable holds: units, settings with a name, and measured networks."
+    layers, size = [1, 2, 3, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50], dict(width=256, n_inputs=64, n_trials=5)
+    starts: dict[str, dict[str, Any]] = {name: dict(unit='relu', shift=shift, gain=_GAINS[gain])
+                                         for name, (gain, shift) in _STARTS.items()}
+    measured = [_measure(shift, start['gain'], layers, **size)
+                for start in starts.values() for shift in (0.0, start['shift'])]
+    return dict(units={name: label(name) for name in _UNITS}, starts=starts, layers=layers, measured=measured,
+                named=dict(gain=_GAINS, shift={'Eq. 7': EQ7_SHIFT, 'centred': CENTRED_SHIFT}), **size)
+
+def explorable() -> Markup:
+    """The HTML of an element in which shift, gain, depth and activation can be moved, to stand in any page
+    that sets `color-scheme`."""
+    return Markup(_TEMPLATES.get_template('explorable.html').render(data=_explorable_data()))
+
+def _script_digest(html: str) -> str:
+    "What names the one script of the explorable in a content security policy."
+    script = html[html.index('<script>') + len('<script>'):html.rindex('</script>')]
+    return f'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'
+
+# %% ../nbs/lib/report.ipynb #fde83815
 THEME_TITLES = dict(zip(THEMES, (
     'The promises', 'How signals spread through layers', 'Which initial weights are best',
     'Inside the network while it trains', 'How smoothly and how fast it trains',
     'WIB-ReLU against its four rivals'), strict=True))
-_TEMPLATES = Environment(loader=PackageLoader('wib_nbdev'), autoescape=True, undefined=StrictUndefined,
-                         trim_blocks=True, lstrip_blocks=True)
-
 def _pair(own: Any, there: Any, sample: bool) -> tuple[Any, Any]:
     """The verdict that counts and the one beside it, rows of `judge`. Where these runs are of the sample, the
     full reproduction's counts."""
@@ -605,7 +641,7 @@ def _trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]
               'definition of “nearly zero”.')
     return [ran, pairs, *[worlds] * bool(counts), *[WORTH] * bool(evidence.setting.get('sample'))]
 
-# %% ../nbs/lib/report.ipynb #545911f1
+# %% ../nbs/lib/report.ipynb #54f3cf6f
 def _judged(results: Results, setting: Mapping[str, Any], committed: bool = False) -> pd.DataFrame:
     "The verdicts on these runs; those that were committed with them, if they are whole."
     known = committed_verdicts().fillna({'worlds': ''})
@@ -649,8 +685,10 @@ def render(
     judged = _judged(results, chosen, committed) if verdicts is None else verdicts
     with style.context(_PLAIN): page = _page(results, chosen, judged, full)
     links = dict(paper=PAPER, project=PROJECT, site=SITE)
+    part = explorable()
     return _TEMPLATES.get_template('report.html').render(
-        page, made=made, links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(DATASET_LABELS.values()))
+        page, made=made, links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(DATASET_LABELS.values()),
+        explorable=part, script_digest=_script_digest(part))
 
 def write_report(
     results:Results, # of `sweep.load_results`

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .activations import WIBReLU, ZeroMean, make_activation
 from .recorder import ACTIVATION_TYPES
 
-# %% ../nbs/lib/surgery.ipynb #210647f5
+# %% ../nbs/lib/surgery.ipynb #7d7bcc02
 _NAMES = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.LeakyReLU: 'leaky_relu', nn.PReLU: 'prelu', nn.ELU: 'elu',
           nn.CELU: 'celu', nn.SELU: 'selu', nn.GELU: 'gelu', nn.SiLU: 'silu', nn.Mish: 'mish',
           nn.Softplus: 'softplus', nn.Softsign: 'softsign', nn.Sigmoid: 'sigmoid', nn.Tanh: 'tanh',
@@ -66,14 +66,17 @@ class _Site(NamedTuple):
     target: str  # what is called in its place: an attribute of the module, such as 'relu_1'
     inplace: bool  # whether the name that the call wrote over is assigned the result
 
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    "A code, and the codes of what is defined inside of it."
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType): yield from _codes(each)
+
 def _code(tree: ast.Module, fn: Any) -> CodeType | None:
     "The code of a function in the tree of its file."
     file, place = f'<swapped: {fn.__code__.co_filename}>', (fn.__code__.co_name, fn.__code__.co_firstlineno)
-    codes = [compile(tree, file, 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)]
-    for code in codes:  # the list grows
-        if (code.co_name, code.co_firstlineno) == place: return code
-        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return None
+    module = compile(tree, file, 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)
+    return next((each for each in _codes(module) if (each.co_name, each.co_firstlineno) == place), None)
 
 @lru_cache(maxsize=256)
 def _tree(fn: Any) -> tuple[ast.Module, ast.FunctionDef]:
@@ -228,7 +231,7 @@ def _blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
     "A module without state, for pickle and copy to fill."
     return kind.__new__(_swapped_class(kind, sites))
 
-# %% ../nbs/lib/surgery.ipynb #ec3a8456
+# %% ../nbs/lib/surgery.ipynb #930768c1
 _Rows = list[dict[str, Any]]
 _FUSED = 'is a fused kernel: use a network of cells that call an activation module'
 _NOT_REWRITTEN = 'is not rewritten: see swap_activations; or a property, super(), a function passed on'
@@ -258,11 +261,7 @@ def _plan_children(name: str, part: nn.Module, old: type[nn.Module], functions: 
 
 def _code_names(fn: Any) -> set[str]:
     "The globals and attributes that a function names, with the functions inside of it."
-    codes, names = [inspect.unwrap(fn).__code__], set[str]()
-    for code in codes:  # the list grows
-        names.update(code.co_names)
-        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return names
+    return {name for code in _codes(inspect.unwrap(fn).__code__) for name in code.co_names}
 
 def _runs_over_children(part: nn.Module, methods: dict[str, Any], reached: list[str]) -> bool:
     "Whether one of some methods, or one that they call, asks for the children of the module."

@@ -7,7 +7,7 @@ __all__ = ['MADE_WITH', 'SETTINGS', 'Record', 'grid', 'SweepError', 'DamagedRun'
            'library_commit', 'load_results', 'committed_results', 'run_sweep', 'write_results', 'restore_runs',
            'estimate_seconds', 'verify']
 
-# %% ../nbs/lib/sweep.ipynb #d5557107
+# %% ../nbs/lib/sweep.ipynb #b3779000
 import errno
 import io
 import itertools
@@ -22,13 +22,13 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -46,7 +46,7 @@ from torch.backends.cpu import get_cpu_capability
 from tqdm.auto import tqdm
 
 from .config import RESULTS_VERSION, TrainConfig, one_of
-from .data import ImageDataset, load
+from .data import load
 from .training import RunResult, train
 
 # %% ../nbs/lib/sweep.ipynb #11cda1d3
@@ -179,7 +179,7 @@ def _read_run(path: Path) -> Results:
         raise DamagedRun(f'{path} is damaged ({reason}): move it away and run the same sweep') from error
     return results
 
-# %% ../nbs/lib/sweep.ipynb #fdaa6812
+# %% ../nbs/lib/sweep.ipynb #b5f336c2
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
 SETTINGS = {}
 if _X86: SETTINGS = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
@@ -195,12 +195,7 @@ def library_commit() -> str:
         return git('rev-parse', '--short=7', 'HEAD') + '+' * bool(edited)
     except (OSError, subprocess.CalledProcessError): return ''
 
-_LOADED: dict[tuple[str, bool, str | None], ImageDataset] = {}  # by each worker: paths travel, arrays do not
-
-def _load_once(dataset: str, sample: bool, root: str | None) -> ImageDataset:
-    key = (dataset, sample, root)
-    if key not in _LOADED: _LOADED[key] = load(dataset, root=root, sample=sample)
-    return _LOADED[key]
+_load_once = cache(load)  # by each worker: paths travel, arrays do not
 
 def _begin_worker(driver: int) -> None:
     "Leaves Ctrl-C to the driver, and ends this process once the driver is gone."
@@ -219,7 +214,7 @@ def _run_one(config: TrainConfig, record: bool | dict[str, Any], root: str | Non
         raise SweepError(f'the worker on {platform.node()} uses {capability}: start it with {settings}')
     torch.set_num_threads(1)
     clock = time.perf_counter()
-    result = train(config, _load_once(config.dataset, config.sample, root), record, progress=False)
+    result = train(config, _load_once(config.dataset, root, config.sample), record, progress=False)
     made = dict(seconds=time.perf_counter() - clock, results_version=RESULTS_VERSION, commit=library_commit(),
                 made_at=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}')
     return _to_results(result, {**made, **result.environment})
@@ -280,7 +275,7 @@ def _run_all(
             raise SweepError('a worker died three times with no run ended between (memory?); '
                              f'{len(left)} runs are left: run the same sweep again to go on') from error
 
-# %% ../nbs/lib/sweep.ipynb #277fe9a4
+# %% ../nbs/lib/sweep.ipynb #a48d8b4d
 _RUN_NAME = re.compile(r'-s\d+-[0-9a-f]{10}\.parquet$')  # the folder may hold other files as well
 
 def _join(found: Sequence[Results]) -> Results:
@@ -293,7 +288,6 @@ def _join(found: Sequence[Results]) -> Results:
 
 def load_results(
     path:str | Path | None=None,
-    keys:Collection[str] | None=None,
 ) -> Results:
     """Runs of a store, or of a folder of merged results.
 
@@ -301,8 +295,6 @@ def load_results(
     ----------
     path : path, optional
         The folder; else the environment variable WIB_RESULTS, else the results inside the package.
-    keys : collection of str, optional
-        Which runs; all if None.
 
     Returns
     -------
@@ -327,10 +319,9 @@ def load_results(
     if (folder / 'runs.csv').exists(): results = _read_merged(folder)
     else:
         files = [file for file in sorted(folder.glob('*.parquet')) if _RUN_NAME.search(file.name)]
-        found = [_read_run(file) for file in files if keys is None or file.stem in keys]
+        found = [_read_run(file) for file in files]
         if not found: raise FileNotFoundError(f'{folder} holds no runs: name another folder, or run a sweep')
         results = _join(found)
-    if keys is not None: results = Results(*(frame[frame['key'].isin(list(keys))] for frame in results))
     versions = results.runs[list(MADE_WITH)].drop_duplicates().to_dict('records')
     if len(versions) > 1:
         raise SweepError(f"{folder} mixes runs of {' and '.join(map(str, versions))}: use a folder for each")
@@ -571,48 +562,19 @@ def estimate_seconds(
         total += seconds * config.epochs
     return total / min(effective_n_jobs(n_jobs), len(configs))
 
-# %% ../nbs/lib/sweep.ipynb #4472ec3c
+# %% ../nbs/lib/sweep.ipynb #2df86cf6
 def verify(
-    results:Results,
-    n_runs:int=3,
-    root:str | Path | None=None,
-    whole:bool=False,
+    results:Results, # of `load_results`, with digests and steps
+    n_runs:int=3, # how many runs, chosen at random
+    root:str | Path | None=None, # folder of the full data
+    whole:bool=False, # all epochs; the first one only if False
     *,
-    n_jobs:int=-1,
-    seed:int | None=None,
+    n_jobs:int=-1, # worker processes; -1 for one a core
+    seed:int | None=None, # of the choice
 ) -> pd.DataFrame:
-    """Runs some of the runs again and compares every bit of their weights.
-
-    Parameters
-    ----------
-    results : Results
-        Of `load_results`, with digests and steps.
-    n_runs : int
-        How many runs, chosen at random.
-    root : path, optional
-        The folder of the full data.
-    whole : bool
-        All epochs; the first one only if False.
-    n_jobs : int
-        Worker processes; -1 for one a core.
-    seed : int, optional
-        Of the choice.
-
-    Returns
-    -------
-    DataFrame
-        A row a run: key; first (and last, if whole): whether the weights after that epoch are the same bits;
-        differs_at: the first step whose loss is another; other: what was made with other versions than here.
-
-    Raises
-    ------
-    SweepError
-        The results keep no digests.
-
-    Examples
-    --------
-    >>> verify(load_results(), n_runs=1)  # doctest: +SKIP
-    """
+    """Runs some of the runs again and compares every bit of their weights: a row a run with key; first (and
+    last, if whole): whether the weights after that epoch are the same; differs_at: the first step whose loss
+    is another; other: what was made with other versions. `SweepError` where there are no digests."""
     runs = results.runs[results.runs['weights_first'].fillna('') != '']
     if runs.empty: raise SweepError('these results keep no digests of weights to compare with')
     runs = runs.sample(min(n_runs, len(runs)), random_state=seed)

@@ -66,13 +66,13 @@ def simulate_layer(
         rows.append(dict(trial=trial, mean=a.mean().item(), std=a.std(correction=0).item()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/01_variance.ipynb #1037ff05
+# %% ../nbs/01_variance.ipynb #8e864f6c
 def plot_trials(
     frame:pd.DataFrame, # trial, mean, std; as `simulate_layer` returns
     ax:Axes | None=None, # axes to draw on; new ones if None
 ) -> Axes:
     "Mean and standard deviation over a layer's outputs, trial by trial."
-    ax = new_axes(ax, xlabel='trial', ylabel="over the layer's outputs")
+    ax = new_axes(ax, xlabel='trial', ylabel='mean, std of the outputs')
     ax.plot(frame['trial'], frame['std'], color='#0072B2', marker='o', markersize=3, label='std')
     ax.plot(frame['trial'], frame['mean'], color='#E69F00', marker='s', markersize=3, label='mean')
     return ax
