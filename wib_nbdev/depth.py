@@ -399,7 +399,7 @@ def judge_predictor(runs:pd.DataFrame) -> Judgement:
            'a mean over cells.')
     return Judgement(*x, len(tests), grade(above(x, 0.5, 0.25)), why)
 
-# %% ../nbs/lib/depth.ipynb #4393b4ee
+# %% ../nbs/lib/depth.ipynb #37e931ca
 DEPTH_TEXTS = ConfigParser(delimiters=('=',), interpolation=None)
 DEPTH_TEXTS.read_string((resources.files('wib_nbdev') / 'depth.ini').read_text('utf-8'))
 _OF_FAMILIES = {f'{kind}_{family}': partial(_judge_effect, family=family, over=over) for family in FAMILIES
@@ -416,7 +416,8 @@ def judge_depth(
         judge = _OF_FAMILIES.get(name) or globals()[f'judge_{name}']
         try: found = judge(runs)
         except MissingRuns as error:
-            found = Judgement(*[math.nan] * 3, 0, 'cannot be tested', f'not run yet: {error}')
+            why = f'not run yet: {error}'
+            found = Judgement(math.nan, math.nan, math.nan, 0, 'cannot be tested', why)
         rows.append({'id': name, **DEPTH_TEXTS[name], **found._asdict()})
     return pd.DataFrame(rows)
 
