@@ -30,7 +30,7 @@ setup(
     ],
     python_requires=f">={facts['min_python']}",
     packages=find_packages(include=['wib_nbdev', 'wib_nbdev.*']),
-    package_data={'wib_nbdev': ['py.typed', 'claims.ini', 'sample/*', 'templates/*', 'results/README.md',
+    package_data={'wib_nbdev': ['py.typed', '*.ini', 'sample/*', 'templates/*', 'results/README.md',
                                 'results/runs.csv', 'results/verdicts.csv', 'results/robustness.csv',
                                 'results/epochs.parquet', 'results/correct.parquet',
                                 'results/depth.parquet']},

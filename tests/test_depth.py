@@ -1,7 +1,10 @@
 """The depth experiment: its plan, how rates are chosen and runs paired, and every verdict."""
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +18,8 @@ from wib_nbdev.depth import CELLS, DEPTH_ARMS, FACTORIALS, FAMILIES, RATES, SEED
 from wib_nbdev.style import ARM_STYLE
 from wib_nbdev.sweep import Results
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
 N_ARMS = {'mlp': 10, 'deep_cnn': 10, 'rnn': 9}  # one batch norm cannot serve all steps of a recurrent network
 
 
@@ -166,3 +171,19 @@ def test_theory_of_another_gain_follows_from_homogeneity():
     ratio = (calibrated['std'] / calibrated['std'].shift()).dropna()
     assert ratio.to_numpy() == pytest.approx(math.sqrt(1 - 1 / math.pi), rel=1e-3)
     assert FAMILIES['rnn'].depths[-1] == 56 and all(math.isfinite(x) for x in depth.signals('relu', 8))
+
+
+def test_the_criteria_are_those_committed_before_the_runs():
+    import merge_results
+    ask = ['git', '-C', ROOT, 'cat-file', '-e', merge_results.DEPTH_CRITERIA]
+    if subprocess.run(ask, capture_output=True).returncode:
+        pytest.skip('needs git and the history of the project')
+    assert merge_results.changed_depth_claims() == []
+
+
+def test_the_chart_advises_another_arm_only_beyond_half_a_point():
+    better = lambda family, n, arm: 0.5 + 0.05 * (arm == 'elu') * (n > 5 and family != 'rnn')
+    chart = depth.decision_chart(synthetic(better)).set_index('network')
+    assert chart['use'].tolist() == ['ReLU', 'ELU', 'ELU', 'ELU', 'ReLU']
+    assert chart['gain'].iloc[1] == pytest.approx(5, abs=0.3) and chart['as_good'].iloc[1] == ''
+    assert math.isnan(chart['batch_norm'].iloc[-1]) and chart['as_good'].iloc[0].count(';') == 7

@@ -7,6 +7,7 @@
 import argparse
 import ast
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 import pandas as pd
 
 from wib_nbdev.claims import TEXTS, judge, robustness
+from wib_nbdev.depth import DEPTH_TEXTS
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
 
 ROOT = Path(__file__).parents[1]
 NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
 CRITERIA = '507e505'  # the commit of the claims and their criteria, before the first run
+DEPTH_CRITERIA = '772f07b'  # and that of the statements about depth
 
 
 def git(*words: str) -> str:
@@ -65,6 +68,26 @@ def changed_claims() -> list[str]:
     "The claims whose text, in any field, is not that of the criteria's commit."
     then, now = claims_then(), {name: dict(TEXTS[name]) for name in TEXTS.sections()}
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+
+
+def changed_depth_claims() -> list[str]:
+    "The statements about depth whose text, in a field of that commit, is not that of its depth.py."
+    source = git('show', f'{DEPTH_CRITERIA}:wib_nbdev/depth.py')
+    wanted = {'Family', '_DENSE', '_CNN', 'FAMILIES', '_FROM_ROPE', '_QUESTION', '_BIPOLAR', 'DepthClaim',
+              '_claims_of', 'DEPTH_CLAIMS'}
+    parts = ['from __future__ import annotations', 'from typing import NamedTuple']
+    for node in ast.parse(source).body:
+        stored = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)
+                  and isinstance(each.ctx, ast.Store)]
+        names = {getattr(node, 'name', ''), *stored}
+        if names & wanted: parts.append(ast.unparse(node))
+    known = dict.fromkeys(re.findall(r'def (_?judge_\w+)', source)) | {'partial': lambda *_, **__: None}
+    exec('\n'.join(parts), known)
+    then = {each.id: each for each in known['DEPTH_CLAIMS']}
+    fields = ('place', 'quote', 'quantity', 'criterion', 'threshold_from')
+    texts = lambda name: [getattr(then[name], field) for field in fields]
+    return sorted(name for name in then.keys() | set(DEPTH_TEXTS.sections()) if name not in then
+                  or name not in DEPTH_TEXTS or texts(name) != [DEPTH_TEXTS[name][field] for field in fields])
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -208,7 +208,7 @@ class Evidence:
     @_kept
     def _compared(self, arm: str, rivals: tuple[str, ...], at: str) -> list[Any]:
         missing = sorted({arm, *rivals} - set(self.main.runs['arm']))
-        if missing: raise MissingRuns(', '.join(missing))
+        if missing: raise MissingRuns('; '.join(missing))
         return _rows(compare_arms(self._wide(at), arm, rivals, full=False), arm)
 
     def rows(

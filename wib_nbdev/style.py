@@ -43,9 +43,9 @@ ARM_STYLE = {
     'relu_sqrt3': ArmStyle('ReLU, a = √3', '#4C9F9F', '1'),
     'relu_gain_sqrt3': ArmStyle('ReLU, gain √3', '#2F6B6B', '2'),
     'relu_kaiming_uniform': ArmStyle('ReLU, Kaiming uniform', '#7FB2E5', '3'),
-    'wib_relu_calibrated': ArmStyle('WIB-ReLU, calibrated', '#F0A202', '4'),
-    'wib_relu_centred_calibrated': ArmStyle('WIB-ReLU, centred gain, calibrated', '#E4572E', '+'),
-    'relu_shrunk': ArmStyle('ReLU, shrunk gain', '#3F88C5', 'x'),
+    'wib_relu_calibrated': ArmStyle('WIB-ReLU, calibrated', '#E377C2', '4'),
+    'wib_relu_centred_calibrated': ArmStyle('WIB-ReLU, centred gain, calibrated', '#8C1C4B', '+'),
+    'relu_shrunk': ArmStyle('ReLU, shrunk gain', '#7B52AB', 'x'),
     'relu_batch_norm': ArmStyle('ReLU, batch norm', '#44AF69', '|'),
 }
 DATASET_LABELS = {'fashion_mnist': 'Fashion-MNIST', 'cifar10': 'CIFAR-10'}
