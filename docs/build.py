@@ -173,7 +173,7 @@ def main() -> int:
     whole_report = put_report()
     chapters, library = ([name for name in names if name.startswith('lib/') is is_library]
                          for is_library in (False, True))
-    trees = {'Chapters': chapters, 'Results': ['report'], 'Guides': ['which', 'cluster'],
+    trees = {'Chapters': chapters, 'Results': ['report'], 'Guides': ['which', 'cluster', 'letter'],
              'Library': library, 'API': put_api(), 'Project': ['changelog']}
     parts = [front_page(chapters), *(toctree(*tree) for tree in trees.items())]
     (SOURCE / 'index.md').write_text('\n\n'.join(parts))

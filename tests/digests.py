@@ -40,3 +40,4 @@ if __name__ == '__main__':
                                                         compensate_bias=True, **shared)
     digests = {name: digest(train(config, progress=False).model) for name, config in configs.items()}
     json.dump({'made_with': here(), 'digests': digests}, sys.stdout, indent=1)
+    print()

@@ -26,6 +26,7 @@ from wib_nbdev.activations import (
 )
 from wib_nbdev.config import Activation
 from wib_nbdev.mean_shift import gaussian_moments
+from wib_nbdev.style import ARM_STYLE
 
 numbers = st.floats(-1e3, 1e3, width=32)
 tensors = st.lists(numbers, min_size=1, max_size=50).map(torch.tensor)
@@ -247,6 +248,7 @@ def test_zero_mean_has_mean_0_and_variance_1(fn, preact_std):
 
 def test_the_registry_is_config_s():
     assert tuple(ACTIVATIONS) == get_args(Activation)
+    assert set(ACTIVATIONS) <= set(ARM_STYLE), 'nbs/lib/style.ipynb: a label, a colour and a marker for each'
     assert make_activation('prelu') is not make_activation('prelu')
 
 

@@ -392,3 +392,9 @@ def test_hostile_text_does_nothing_in_a_browser(visit, hostile_page):
     window.evaluate(UNFOLD)
     assert window.evaluate("document.querySelectorAll('script, img').length") == len(OWN_SCRIPTS)
     assert window.evaluate('document.documentElement.scrollWidth') <= 390
+
+
+def test_the_script_has_a_formula_for_every_unit_of_the_explorable():
+    html = str(report.explorable())
+    formulas = re.search(r'const units = \{(.*?)\n *\};', html, re.S).group(1)
+    assert re.findall(r'^ *(\w+):', formulas, re.M) == list(report._UNITS)

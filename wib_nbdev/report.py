@@ -538,6 +538,7 @@ def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
 _TEMPLATES = Environment(loader=PackageLoader('wib_nbdev'), autoescape=True, undefined=StrictUndefined,
                          trim_blocks=True, lstrip_blocks=True)
 _TEMPLATES.filters['code'] = lambda text: Markup(re.sub(r'`([^`]+)`', r'<code>\1</code>', str(escape(text))))
+# Each has its formula in templates/explorable.html too.
 _UNITS = ('relu', 'leaky_relu', 'prelu', 'elu', 'gelu', 'selu', 'silu', 'tanh')
 _GAINS = {'Kaiming’s gain': SCHEMES['kaiming_normal'].gain, 'the centred gain': CENTRED_GAIN,
           'PyTorch’s default gain': SCHEMES['pytorch_default'].gain}
