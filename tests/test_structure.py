@@ -88,7 +88,8 @@ def test_notebook_is_committed_whole_and_clean(path):
     assert not re.search(r'(/home/|/root/|/Users/|/tmp/|/work/|site-packages|<Axes:|<matplotlib)', text)
     for cell in code:
         if cell.source.startswith(('#| hide', '#| default_exp')):
-            assert cell.metadata == {'jupyter': {'source_hidden': True}}, f'run nbdev_clean: {cell.source[:200]}'
+            folded = {'jupyter': {'source_hidden': True}}
+            assert cell.metadata == folded, f'run nbdev_clean: {cell.source[:200]}'
 
 
 def python(code: str, **env: str) -> str:

@@ -3,6 +3,7 @@
     python tools/merge_results.py run        # hours; stopped at any time, the same command goes on
     python tools/merge_results.py merge      # what the store holds, into results_next/
     python tools/merge_results.py publish    # results_next/, once whole, into the package, with verdicts
+    python tools/merge_results.py judge      # judge the results in the package again, as after a new claim
 """
 import argparse
 import ast
@@ -46,7 +47,7 @@ def check_provenance(commits: set[str]) -> None:
         try: git('merge-base', '--is-ancestor', CRITERIA, commit or 'none')
         except subprocess.CalledProcessError:
             sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({CRITERIA}): '
-                     'make them again')
+                     'make these runs again, or leave them out; the criteria keep their commit')
 
 
 def claims_then() -> dict[str, dict[str, str]]:
@@ -66,8 +67,14 @@ def claims_then() -> dict[str, dict[str, str]]:
 
 def changed_claims() -> list[str]:
     "The claims whose text, in any field, is not that of the criteria's commit."
-    then, now = claims_then(), {name: dict(TEXTS[name]) for name in TEXTS.sections()}
-    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    then = claims_then()
+    now = {name: dict(TEXTS[name]) for name in TEXTS.sections()}
+    return sorted(name for name in then if then[name] != now.get(name))
+
+
+def added_claims() -> list[str]:
+    "The claims that were added after the criteria's commit: runs that existed then could be known."
+    return sorted(set(TEXTS.sections()) - set(claims_then()))
 
 
 def changed_depth_claims() -> list[str]:
@@ -117,7 +124,8 @@ Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, to
 
 The criteria that judge these runs (`wib_nbdev/claims.ini`) were committed as
 {git('log', '-1', '--format=%h of %ci', CRITERIA)}; every run was made by a later commit. Claims whose text
-was changed since: {', '.join(changed_claims()) or 'none'}. Settings and claims were chosen after 513 earlier
+was changed since: {', '.join(changed_claims()) or 'none'}; claims added since, so not set before all runs:
+{', '.join(added_claims()) or 'none'}. Settings and claims were chosen after 513 earlier
 runs with other seeds had been seen (`python tools/first_round.py compare` shows both); none of those is used
 here.
 
@@ -172,16 +180,21 @@ def publish() -> None:
     shutil.rmtree(PACKAGE, ignore_errors=True)
     write_results(results, PACKAGE)
     curves(results).to_csv(PACKAGE / 'curves.csv', index=False, float_format='%.6g')
+    write_verdicts(results)
+    print(f'{len(results.runs)} runs are in {PACKAGE.relative_to(ROOT)}; results_next/ can go')
+
+
+def write_verdicts(results: Results) -> None:
+    "What the claims say of the results in the package, and its README."
     judge(results).to_csv(PACKAGE / 'verdicts.csv', index=False)
     robustness(results).to_csv(PACKAGE / 'robustness.csv', index=False)
     (PACKAGE / 'README.md').write_text(readme(results))
-    print(f'{len(results.runs)} runs are in {PACKAGE.relative_to(ROOT)}; results_next/ can go')
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument('step', choices=('run', 'merge', 'publish'))
+    parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge'))
     parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper',
                         help='folder of the runs, a file each')
     parser.add_argument('--root', type=Path, default=None,
@@ -189,6 +202,7 @@ def main() -> None:
     parser.add_argument('--jobs', type=int, default=-1, help='worker processes (default: one a core)')
     options = parser.parse_args()
     if options.step == 'publish': return publish()
+    if options.step == 'judge': return write_verdicts(load_results(PACKAGE))
     if options.step == 'run':
         if git('status', '--porcelain', '--', 'wib_nbdev'):
             sys.exit('wib_nbdev/ was edited: commit first, for runs name what made them')

@@ -1212,6 +1212,7 @@ def judge_components_default(evidence:Evidence) -> Judgement:
 # %% ../nbs/lib/claims.ipynb #ceddbbb9
 def _read_claim(name: str) -> Claim:
     "A section of `claims.ini` with its judge."
+    if f'judge_{name}' not in globals(): raise LookupError(f'claims.ini: [{name}] has no judge_{name}')
     text: dict[str, Any] = {'varies': VARIES[TEXTS[name]['needs']], **TEXTS[name]}
     return Claim(name, globals()[f'judge_{name}'], **text | {'varies': tuple(text['varies'].split())})
 
