@@ -185,8 +185,10 @@ def plot_rates(
                   markers=[marker(arm) for arm in arms], markersize=4, linewidth=1.2, legend=False,
                   formatter='{:g}'.format, ax=ax)
     ax.set(xlabel='learning rate', ylabel='accuracy (share)')
+    spread = 0.15 * (len(arms) > 1)
+    offsets = dict(zip(arms, np.linspace(-spread, spread, len(arms)), strict=True))  # seaborn's, of dodge=0.3
     means = there.groupby(['lr', 'arm'])['value'].mean().reset_index()
-    label_ends(ax, {label(arm): (rates.index(lr), end, colour(arm))
+    label_ends(ax, {label(arm): (rates.index(lr) + offsets[arm], end, colour(arm))
                     for arm, lr, end in means.groupby('arm').last().itertuples()})
     return ax
 
