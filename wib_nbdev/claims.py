@@ -46,7 +46,7 @@ from .variance import linear_output_variance, simulate_layer, stacked_output_var
 # %% ../nbs/lib/claims.ipynb #5812685a
 VERDICTS = ('holds', 'holds in part', 'undecided', 'does not hold', 'cannot be tested')
 THEMES = ('promises', 'signal', 'initialisation', 'layers', 'training', 'comparison')
-DATASETS = tuple(DATASET_LABELS)
+DATASETS = ('fashion_mnist', 'cifar10')
 CONVOLUTIONS = list(LAYERS[:4])
 READINGS = ('wib_relu', 'wib_relu_04', 'wib_relu_batch', 'wib_relu_code', 'wib_relu_centred')  # of Eq. 8
 NEAR = {  # definitions of near zero: the columns for a ReLU and for a shifted unit
