@@ -37,7 +37,7 @@ test: $(DEV)  ## create .venv, install, run every notebook and the tests: minute
 test-all: $(BENCH) $(DOCS)  ## the slow tests too: killed processes, full disks, many networks, the browser: an hour or more
 	@$(BIN)/python -m pytest -n auto --run-slow
 
-cuda: $(BENCH)  ## on a machine with a CUDA device: its tests, its notebook cells, and a benchmark: 8 minutes
+cuda: $(BENCH)  ## on a machine with a CUDA device: its tests, its notebook cells, and a benchmark
 	@$(BIN)/python tools/cuda.py --root data
 
 results: $(PINNED)  ## run what the full reproduction lacks (hours; resumes), and merge it
