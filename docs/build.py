@@ -49,7 +49,9 @@ def mend(cell: dict) -> dict:
         cell['metadata'] = {**cell.get('metadata', {}), 'tags': ['remove-input']}
     for output in cell.get('outputs', []):
         page = output.get('data', {}).get('text/markdown')
-        if page: output['data']['text/markdown'] = tidy(''.join(page))
+        if page:  # MyST-NB follows links to notebooks in what is written, not in what a cell prints
+            page = re.sub(r'(\]\([\w./]+)\.ipynb\b', r'\1.html', tidy(''.join(page)))
+            output['data']['text/markdown'] = page
     return {**cell, 'source': re.sub(r'^#\|.*\n?', '', text, flags=re.M)}
 
 
