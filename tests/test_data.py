@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import tarfile
 import threading
 from dataclasses import replace
@@ -18,7 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wib_nbdev import data
+from wib_nbdev import data, sweep
+from wib_nbdev.style import DATASET_LABELS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
+from make_sample import draw_sample
 
 FULL_ROOT = Path(os.environ.get('WIB_DATA') or Path(__file__).parents[1] / 'data')
 ARRAY_DIGESTS = {  # first digits, of x_train, y_train, x_test, y_test: what every committed run was made with
@@ -219,7 +224,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, files, cuts=0, limit=0, on_cut=lambda server: None, knows_ranges=True):
-        self.files = {Path(path).name: content for path, content in files.items()}
+        self.files = files
         self.cuts, self.limit, self.on_cut, self.knows_ranges = cuts, limit, on_cut, knows_ranges
         self.starts = []  # the first byte of each answer
         super().__init__(('127.0.0.1', 0), Handler)
@@ -235,7 +240,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
-        content = server.files.get(Path(self.path).name)
+        content = server.files.get(self.path.removeprefix('/pub/'))
         if content is None: return self.send_error(404)
         wanted = int(re.fullmatch(r'bytes=(\d+)-', self.headers['Range'])[1])
         start = wanted if server.knows_ranges else 0
@@ -387,10 +392,17 @@ def test_two_downloads_at_once(small, serve, tmp_path):
 def test_the_full_data_and_the_sample_drawn_from_it(name):
     full, sample = load_full(name), data.load(name, sample=True)
     assert [digest_of(array.tobytes())[:8] for array in arrays_of(full)] == ARRAY_DIGESTS[name]
-    train = data.holdout(full, 1000 / len(full.y_train))
-    test = data.holdout(replace(full, x_train=full.x_test, y_train=full.y_test), 500 / len(full.y_test))
-    assert_same(sample, replace(train, x_train=train.x_test, y_train=train.y_test,
-                                x_test=test.x_test, y_test=test.y_test))
+    assert_same(sample, draw_sample(full))
+
+
+@pytest.mark.parametrize('name', data.DATASETS)
+def test_a_data_set_is_everywhere_where_it_must_be(name):
+    places = {'CLASS_NAMES': data.CLASS_NAMES, '_LAYOUTS': data._LAYOUTS,
+              '_SAMPLE_DIGESTS': data._SAMPLE_DIGESTS,
+              'DATASET_LABELS': DATASET_LABELS, '_N_TRAIN': sweep._N_TRAIN, 'ARRAY_DIGESTS': ARRAY_DIGESTS}
+    assert [place for place, known in places.items() if name not in known] == []
+    sample = Path(data.__file__).parent / 'sample'
+    assert f'`{name}.npz`' in (sample / 'README.md').read_text() and (sample / f'{name}.npz').exists()
 
 
 def test_the_sample_is_balanced_and_documented():

@@ -17,6 +17,7 @@ import pytest
 from waiting import wait_for
 
 from wib_nbdev import sweep
+from wib_nbdev.plan import quick_plan
 
 # Small but real. After them come runs without an end, where a signal has to meet a sweep in mid-run.
 AXES = dict(sample=True, epochs=4, batch_size=250, seed=range(3), activation=['relu', 'wib_relu'])
@@ -26,6 +27,7 @@ BROKEN = replace(CONFIGS[0], compile=True)  # fails at once if it is to be recor
 DRIVER = f'''
 import sys
 from wib_nbdev import sweep
+from wib_nbdev.plan import quick_plan
 if __name__ == '__main__':
     configs, cluster = sweep.grid(**{AXES}), sys.argv[2] if len(sys.argv) > 2 else None
     if len(sys.argv) != 3: configs += sweep.grid(sample=True, epochs=1_000_000)
@@ -115,6 +117,12 @@ def test_a_failing_run_is_listed_and_the_others_finish(tmp_path, capsys):
     assert re.search(r'^2 of 2: fashion_mnist relu seed 0: ', said, re.M) and '\r' not in said, 'no bar'
     assert 'Traceback' in (tmp_path / f'{BROKEN.key}.error.txt').read_text()
     with pytest.raises(sweep.SweepError, match='no run worked'): run([BROKEN], tmp_path, record=True)
+
+
+def test_progress_tells_the_runs_of_a_plan_apart():
+    configs = quick_plan()
+    with sweep._Progress(configs, 0, show=False) as bar:
+        assert len({bar.describe(config) for config in configs}) == len(configs)
 
 
 def test_grid_refuses_an_unknown_axis():

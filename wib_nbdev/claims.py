@@ -39,14 +39,14 @@ from wib_nbdev.statistics import (
     compare_arms, effect_in_words, fastest_settings, holm, kind_of, pivot, run_values, select,
     speed_differences, t_interval,
 )
-from .style import DATASET_LABELS, label
+from .style import DATASET_LABELS, PAPER_LABELS, label
 from .sweep import Results
 from .variance import linear_output_variance, simulate_layer, stacked_output_variance
 
 # %% ../nbs/lib/claims.ipynb #5812685a
 VERDICTS = ('holds', 'holds in part', 'undecided', 'does not hold', 'cannot be tested')
 THEMES = ('promises', 'signal', 'initialisation', 'layers', 'training', 'comparison')
-DATASETS = ('fashion_mnist', 'cifar10')
+DATASETS = tuple(PAPER_LABELS)
 CONVOLUTIONS = list(LAYERS[:4])
 READINGS = ('wib_relu', 'wib_relu_04', 'wib_relu_batch', 'wib_relu_code', 'wib_relu_centred')  # of Eq. 8
 NEAR = {  # definitions of near zero: the columns for a ReLU and for a shifted unit

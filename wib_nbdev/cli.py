@@ -257,7 +257,7 @@ class Data:
       wib-nbdev data --root data --download
     """
     root: _Root = None # folder of the full data (default: WIB_DATA, else data)
-    download: bool = False # fetch what is missing (from the server that WIB_MIRROR names, if set)
+    download: bool = False # fetch what is missing (from a server of a data folder, if WIB_MIRROR names one)
     json: bool = False # print the table as JSON
 
     def run(self) -> int:

@@ -192,7 +192,9 @@ def _root(root:str | Path | None) -> Path:
     return Path(root or os.environ.get('WIB_DATA') or 'data')
 
 def _address(layout:_Layout, package:str) -> str:
-    return f"{(os.environ.get('WIB_MIRROR') or layout.home).rstrip('/')}/{Path(package).name}"
+    "A mirror has the paths of a data folder, so that any data folder can be served as one."
+    mirror = os.environ.get('WIB_MIRROR')
+    return f"{mirror.rstrip('/')}/{package}" if mirror else f'{layout.home}/{Path(package).name}'
 
 # %% ../nbs/lib/data.ipynb #8aa59e91
 def _size(path:Path) -> int: return path.stat().st_size if path.exists() else 0
@@ -276,7 +278,7 @@ def _explain_missing(name:str, root:Path) -> str:
     missing = _missing(root, layout)
     packages = ', '.join(dict.fromkeys(layout.package(file) for file in missing))
     return (f"{DATASET_LABELS[name]} is not whole in {root}: {layout.folder} lacks {', '.join(missing)}. "
-            'Load with download=True where there is a network (WIB_MIRROR=address names another server); '
+            'Load with download=True where there is a network (WIB_MIRROR=address: a served data folder); '
             f'or put {packages} from {layout.home} into {root}, packed as it is; '
             'or name the folder that has the data (root=, --root or WIB_DATA); '
             'or take the small sample in the package (sample=True, --sample).')

@@ -18,6 +18,7 @@ import pandas as pd
 from .activations import CENTRED_GAIN
 from .config import TrainConfig, one_of
 from .recorder import NEAR_ZERO
+from .style import PAPER_LABELS
 from .sweep import Results, grid, run_sweep
 
 # %% ../nbs/lib/plan.ipynb #d89d05d1
@@ -41,7 +42,7 @@ def arm_grid(
     **axes:Any, # fields of `TrainConfig`: one value or a list of values each
 ) -> list[TrainConfig]:
     "The arms on both data sets, seed by seed, so that a sweep that is stopped has whole pairs."
-    shared = grid(**{'seed': range(10), 'dataset': ['fashion_mnist', 'cifar10'], **axes})
+    shared = grid(**{'seed': range(10), 'dataset': list(PAPER_LABELS), **axes})
     return [replace(config, **ARMS[one_of(arm, ARMS, 'arm')]) for config in shared for arm in arms]
 
 def with_arms(

@@ -46,7 +46,7 @@ from wib_nbdev.statistics import (
     CLAIMED, COVERS, METRICS, MIN_PAIRS, ROPE, effect_in_words, kind_of, paired_differences, select,
     speed_differences,
 )
-from .style import ARM_STYLE, DATASET_LABELS, label
+from .style import ARM_STYLE, DATASET_LABELS, PAPER_LABELS, label
 from .sweep import Results, atomic_write, committed_results
 from .training import RunResult, figure_layers, figure_near_zero
 from .variance import figure_2, figure_3a
@@ -693,7 +693,7 @@ def render(
     links = dict(paper=PAPER, project=PROJECT, site=SITE)
     part = explorable()
     return _TEMPLATES.get_template('report.html').render(
-        page, made=made, links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(DATASET_LABELS.values()),
+        page, made=made, links=links, unit=UNIT, too_small=TOO_SMALL, datasets=list(PAPER_LABELS.values()),
         explorable=part, script_digest=_script_digest(part))
 
 def write_report(

@@ -412,16 +412,27 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 class _Progress(tqdm):
     "Runs done, time left and the last result: a bar in a terminal or a notebook, a line a run in a log file."
-    def __init__(self, total: int, done: int, show: bool):
+    def __init__(self, configs: Sequence[TrainConfig], done: int, show: bool):
         self.log = show and not (sys.stderr.isatty() or 'ipykernel' in sys.modules)
         self.done = done
-        super().__init__(total=total, initial=done, unit='run', disable=self.log or not show)
+        named = ('dataset', 'activation', 'seed')
+        self.varied = [each for each in fields(TrainConfig) if each.name not in named
+                       and len({getattr(config, each.name) for config in configs}) > 1]
+        super().__init__(total=len(configs), initial=done, unit='run', disable=self.log or not show)
+
+    def describe(self, config: TrainConfig) -> str:
+        "A run in a few words: data set, activation, what varies and is not the default, seed."
+        values = {each.name: getattr(config, each.name) for each in self.varied
+                  if getattr(config, each.name) != each.default}
+        words = [str(value) if isinstance(value, str) else name if value is True else f'{name} {value}'
+                 for name, value in values.items()]
+        return ' '.join([config.dataset, config.activation, *words, f'seed {config.seed}'])
 
     def count(self, config: TrainConfig, outcome: Results | Exception) -> None:
         status = 'failed' if isinstance(outcome, Exception) else outcome.runs['status'].item()
         if isinstance(outcome, Results) and status == 'finished':
             status = f"valid accuracy {outcome.epochs['accuracy'].iloc[-1]:.3f}"
-        text = f'{config.dataset} {config.activation} seed {config.seed}: {status}'
+        text = f'{self.describe(config)}: {status}'
         self.done += 1
         self.set_postfix_str(text, refresh=False)
         self.update()
@@ -490,7 +501,7 @@ def run_sweep(
         workers = partial(_dask_workers, cluster)
         if cluster is None: workers = partial(_local_workers, min(effective_n_jobs(n_jobs), len(todo)))
         try:
-            with _sigterm_as_ctrl_c(), _Progress(len(wanted), len(finished), progress) as bar:
+            with _sigterm_as_ctrl_c(), _Progress(list(wanted), len(finished), progress) as bar:
                 def keep(config: TrainConfig, outcome: Results | Exception) -> None:
                     _store_outcome(config, outcome, store)
                     if isinstance(outcome, Exception): failed[config.key] = outcome
