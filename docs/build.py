@@ -138,7 +138,8 @@ def put_report() -> str:
     """A page that says what the report of the committed full reproduction found, for the search and the
     sidebar. Returns the report, which takes its place."""
     results = load_results()
-    found = f'{report.headline(results)} {report.numbers(results)}'
+    table = report.against_relu(results)
+    found = f'{report.headline(table)} {report.numbers(table)}'
     (SOURCE / 'report.md').write_text(f'# The report\n\n{found}\n')
     return report.render(results).replace(f'href="{report.SITE}"', 'href="index.html"')
 

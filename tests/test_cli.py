@@ -60,7 +60,7 @@ def test_help_teaches_by_examples_that_parse(run):
     ('sweep --out x --vary lr=1 --vary lr=2', 'lr is there twice'),
     ('reproduce --jobs 0', 'jobs=0: must be an integer of at least 1'),
     ('verify --runs 0', 'runs=0: must be'),
-    ('report --out=', 'an empty word is no value'),
+    ('report --out=', 'a value must not be empty'),
 ])
 def test_what_is_typed_wrong_is_one_line(words, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_claims_of_a_store_and_of_the_committed_runs(swept, run):
     verdicts = {row['id']: row['verdict'] for row in json.loads(out)}
     assert code == 0 and verdicts['fig3a'] == 'holds' and verdicts['loss'] == 'cannot be tested'
     code, page, _ = run('claims')
-    assert code == 0 and re.search(r'^fig3a +holds', page, re.M) and re.search(r'Of \d+ claims: ', page)
+    assert code == 0 and re.search(r'^fig3a +holds', page, re.M) and re.search(r'^\d+ claims: ', page, re.M)
 
 
 def test_a_folder_without_runs_or_with_a_damaged_one_is_one_line(swept, run, tmp_path):
@@ -219,7 +219,7 @@ def test_reproduce_quick_ends_in_about_ten_lines_and_resumes(run, tmp_path):
     code, out, err = run('reproduce', '--out', tmp_path)
     page = tmp_path / 'quick' / 'report.html'
     assert code == 0 and len(out.splitlines()) <= 12 and f'{page}' in out and 'Next ' in out
-    assert ' to go' in err and '\r' not in err and page.read_text().rstrip().endswith('</html>')
+    assert '\r' not in err and page.read_text().rstrip().endswith('</html>')
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*.parquet')}
     code, again, err = run('reproduce', '--out', tmp_path, '--no-progress', '--all')
     assert code == 0 and again.endswith(out) and re.search(r'^fig3a .* holds', again, re.M)

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wib_nbdev import data, sweep
+from wib_nbdev import data
 from wib_nbdev.style import DATASET_LABELS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
@@ -200,7 +200,7 @@ def test_missing_files_are_listed_with_what_to_do(small, tmp_path, monkeypatch):
     write(tmp_path, layout, contents)[5].unlink()
     monkeypatch.setenv('WIB_DATA', str(tmp_path))
     with pytest.raises(FileNotFoundError) as caught: data.load('cifar10', download=False)
-    for words in (f'not whole in {tmp_path}: cifar-10-batches-py lacks test_batch.',
+    for words in (f'not complete in {tmp_path}: cifar-10-batches-py lacks test_batch.',
                   'put cifar-10-python.tar.gz from https', 'WIB_MIRROR', '--root', '--sample'):
         assert words in str(caught.value)
     status = data.inspect().query("dataset == 'cifar10'").status
@@ -212,7 +212,7 @@ def test_no_network_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.delenv('WIB_DATA', raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r'not whole in data: .*The download failed: .*refused'):
+    with pytest.raises(FileNotFoundError, match=r'not complete in data: .*The download failed: .*refused'):
         data.load('fashion_mnist')
     assert names(tmp_path) == []
 
@@ -346,7 +346,7 @@ def test_a_whole_part_only_wants_its_name(small, serve, tmp_path):
 def test_a_mirror_with_other_images_is_not_believed(small, serve, tmp_path):
     layout, contents, _ = small('records')
     serve(packages(layout, [*contents[:5], contents[5][:-1] + b'\7']))
-    problem = r'is not the published file and was deleted: test_batch\.bin is not the published file'
+    problem = r'is not the published file; the download was deleted: test_batch\.bin is not'
     with pytest.raises(FileNotFoundError, match=problem):
         data.load('cifar10', tmp_path)
     assert names(tmp_path) == []
@@ -399,7 +399,7 @@ def test_the_full_data_and_the_sample_drawn_from_it(name):
 def test_a_data_set_is_everywhere_where_it_must_be(name):
     places = {'CLASS_NAMES': data.CLASS_NAMES, '_LAYOUTS': data._LAYOUTS,
               '_SAMPLE_DIGESTS': data._SAMPLE_DIGESTS,
-              'DATASET_LABELS': DATASET_LABELS, '_N_TRAIN': sweep._N_TRAIN, 'ARRAY_DIGESTS': ARRAY_DIGESTS}
+              'DATASET_LABELS': DATASET_LABELS, 'ARRAY_DIGESTS': ARRAY_DIGESTS}
     assert [place for place, known in places.items() if name not in known] == []
     sample = Path(data.__file__).parent / 'sample'
     assert f'`{name}.npz`' in (sample / 'README.md').read_text() and (sample / f'{name}.npz').exists()

@@ -16,7 +16,8 @@ def names_in_wheel(dist: Path) -> list[str]:
 def test_wheel_holds_what_it_needs_and_nothing_else(built):
     names = names_in_wheel(built)
     assert {f'wib_nbdev/{module}' for module in MODULES} <= set(names)
-    assert {'wib_nbdev/py.typed', 'wib_nbdev/claims.ini', 'wib_nbdev/depth.ini'} <= set(names)
+    data = ('py.typed', 'claims.ini', 'depth.ini', 'results/pace.csv')
+    assert {f'wib_nbdev/{name}' for name in data} <= set(names)
     tops = {name.split('/')[0] for name in names}
     assert tops == {'wib_nbdev', next(top for top in tops if top.endswith('.dist-info'))}
     assert not [name for name in names if name.endswith('.ipynb') or 'test' in Path(name).name]

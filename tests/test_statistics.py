@@ -279,12 +279,17 @@ def hyperbola(config, epoch, split) -> float:
 
 def test_twice_as_fast_is_a_ratio_of_a_half():
     results = results_of(arm_grid(('wib_relu', 'relu'), seed=range(4)), hyperbola)
-    pace = {(dataset, arm): 3.0 if arm == 'relu' else 3.3
-            for dataset in ('cifar10', 'fashion_mnist') for arm in PAPER_ARMS}
-    row = s.speed_differences(results, rivals=['relu'], epoch_seconds=pace).iloc[0]
+    rows = itertools.product(('cifar10', 'fashion_mnist'), PAPER_ARMS, range(4))
+    pace = pd.DataFrame(rows, columns=['dataset', 'arm', 'turn'])
+    pace['seconds'] = np.where(pace['arm'] == 'relu', 3.0, 3.3)
+    row = s.speed_differences(results, rivals=['relu'], pace=pace).iloc[0]
     assert row['target'] == pytest.approx(1 / 19.5) and (row['n'], row['missed']) == (4, 0)
     assert row['ratio'] == pytest.approx(0.5, rel=0.01)
     assert row['seconds_ratio'] == pytest.approx(1.1 * row['ratio'])
+    assert row['seconds_high'] == pytest.approx(1.1 * row['high'])  # turns without scatter add nothing
+    pace['seconds'] *= np.exp(0.1 * pace['turn'] * (pace['arm'] == 'relu'))
+    noisy = s.speed_differences(results, rivals=['relu'], pace=pace).iloc[0]
+    assert noisy['seconds_high'] / noisy['seconds_low'] > 1.2 * row['seconds_high'] / row['seconds_low']
     late = changed(results, "arm == 'relu' and seed == 0", status='diverged')
     assert s.speed_differences(late, rivals=['relu'])[['n', 'missed']].to_numpy().tolist() == [[3, 1]] * 2
 
@@ -364,4 +369,4 @@ def test_no_probability_below_a_thousandth_is_printed():
     words = s.in_words(pd.Series(row))
     start = 'CIFAR-10, valid loss against ReLU: -5.0 % (-7.0 to -3.0) over 9 pairs, 1 more diverged; '
     assert words.startswith(f'{start}better')
-    assert 'within 2 %: 0.2 %' in words and words.endswith('better by 20 %: below 0.1 %.')
+    assert 'within 2 %: 0.2 %' in words and words.endswith('of a gain of 20 % or more: below 0.1 %.')

@@ -533,7 +533,7 @@ def test_a_tensor_that_was_written_over_out_of_sight_is_noted():
         model, x = Reads(view), randn(7, 5)
         swap_activations(model)
         for notes in (calibrate(model, x)['note'], diagnose(model, x)['advice']):
-            assert notes.str.contains('its input is read again, and no longer sees').any() == noted
+            assert notes.str.contains('its input is read again, now without').any() == noted
 
 
 # Calibrating
@@ -682,7 +682,7 @@ def test_gain_leaves_what_others_use_and_says_so():
     model = Tied()
     weights = [p.clone() for p in model.parameters()]
     notes = calibrate(model, randn(50, 5), gain=True)['note'].tolist()
-    none = 'not scaled: no layer of its own makes its input'
+    none = 'not scaled: its input is not made by a layer that only it uses'
     assert notes == [none, 'not scaled: frozen is frozen, or no scale helps', none, none]
     assert all(map(torch.equal, weights, model.parameters()))
 
@@ -694,11 +694,11 @@ class Breaks(nn.Module):
 @pytest.mark.parametrize('options', [{}, dict(gain=True), dict(per_channel=True, gain=True)])
 def test_an_error_halfway_leaves_the_model(options):
     for model, batch, message in ((nn.Sequential(swapped_mlp(), Breaks()), randn(9, 5), 'halfway'),
-                                  (swapped_mlp(), randn(9, 5) / 0, '1 sees no values, or not finite ones')):
+                                  (swapped_mlp(), randn(9, 5) / 0, '1 gets no values, or values')):
         before = snapshot(model)
         with pytest.raises((ValueError, RuntimeError), match=message): calibrate(model, batch, **options)
         assert_same(model, before)
-    with pytest.raises(ValueError, match=r'sees \(2, 7, 40\), not \(batch, channels'):
+    with pytest.raises(ValueError, match=r'gets \(2, 7, 40\), must get \(batch, channels'):
         calibrate(swapped_mlp(), randn(2, 7, 5), per_channel=True)
     with pytest.raises(ValueError, match='has no WIBReLU or ZeroMean'): calibrate(nn.ReLU(), randn(2, 5))
 
@@ -807,7 +807,7 @@ def test_what_differs_on_the_batch_is_put_back_alone():
     before = model(x)
     report = fold_shift(model, x)
     assert report['folded'].tolist() == [False, True]
-    assert report['note'][0] == 'was put back: the batch gives something else'
+    assert report['note'][0] == 'was undone: it changes the output on the batch'
     assert isinstance(model.acts[0], WIBReLU) and not isinstance(model.acts[0], FoldedWIBReLU)
     torch.testing.assert_close(model(x), before)
 

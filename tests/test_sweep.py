@@ -303,7 +303,7 @@ def test_a_full_disk(one_run, tmp_path, monkeypatch):
     for name in (one_run.name, 'environment.json'): shutil.copy(one_run.with_name(name), tmp_path)
     def refuse(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', refuse)
-    with pytest.raises(sweep.SweepError, match='No space left on device; make room, then run the same sweep'):
+    with pytest.raises(sweep.SweepError, match='No space left on device; free some space, then run'):
         run(CONFIGS[:2], tmp_path)
     monkeypatch.undo()
     assert runs_in(tmp_path) == [path] and not list(tmp_path.glob(f'.*{sweep._TEMPORARY}'))

@@ -1,6 +1,6 @@
 """What only a machine with a CUDA device can show, in one table: `make cuda`.
 
-Meant to take eight minutes. Only its tests have met a GPU so far.
+It should take eight minutes. Only the tests have been run on a GPU so far.
 
     python tools/cuda.py --root data --out cuda.md
 

@@ -1,7 +1,7 @@
 """The first 513 runs (seeds 0 to 9), read from the history of this repository.
 
     python tools/first_round.py rate       # the rate nearest the printed numbers, that of the main setting
-    python tools/first_round.py compare    # its effects beside those of the committed results, as Markdown
+    python tools/first_round.py compare    # its effects beside those of the committed results
 """
 import subprocess
 import sys

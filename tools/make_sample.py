@@ -31,4 +31,4 @@ def main(name: str, root: str | None = None) -> None:
     print(f"{path.name}: '{hashlib.sha256(file.getvalue()).hexdigest()}'")
 
 
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__': sys.exit(__doc__) if len(sys.argv) == 1 else main(*sys.argv[1:])

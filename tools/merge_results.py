@@ -1,15 +1,14 @@
 """The committed full reproduction: make its runs, merge what is finished, and publish the whole.
 
-    python tools/merge_results.py run        # hours; stopped at any time, the same command goes on
+    python tools/merge_results.py run        # takes hours; after a stop, the same command continues
     python tools/merge_results.py merge      # what the store holds, into results_next/
-    python tools/merge_results.py publish    # results_next/, once whole, into the package, with verdicts
+    python tools/merge_results.py publish    # results_next/, once complete, into the package, with verdicts
     python tools/merge_results.py judge      # judge the results in the package again, as after a new claim
 """
 import argparse
 import ast
 import hashlib
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +46,7 @@ def check_provenance(commits: set[str]) -> None:
         try: git('merge-base', '--is-ancestor', CRITERIA, commit or 'none')
         except subprocess.CalledProcessError:
             sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({CRITERIA}): '
-                     'make these runs again, or leave them out; the criteria keep their commit')
+                     'make these runs again, or leave them out; do not change CRITERIA')
 
 
 def claims_then() -> dict[str, dict[str, str]]:
@@ -119,12 +118,12 @@ def readme(results: Results) -> str:
 # The full reproduction
 
 Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, together
-{runs['seconds'].sum() / 3600:.1f} hours of one thread. The plan stands in `nbs/lib/plan.ipynb`.
-`make results` makes the runs, and goes on where some are lacking.
+{runs['seconds'].sum() / 3600:.1f} hours of one thread. The plan is in `nbs/lib/plan.ipynb`.
+`make results` makes the runs that are missing.
 
 The criteria that judge these runs (`wib_nbdev/claims.ini`) were committed as
 {git('log', '-1', '--format=%h of %ci', CRITERIA)}; every run was made by a later commit. Claims whose text
-was changed since: {', '.join(changed_claims()) or 'none'}; claims added since, so not set before all runs:
+was changed since: {', '.join(changed_claims()) or 'none'}; claims added since, so after some of the runs:
 {', '.join(added_claims()) or 'none'}. Settings and claims were chosen after 513 earlier
 runs with other seeds had been seen (`python tools/first_round.py compare` shows both); none of those is used
 here.
@@ -135,9 +134,9 @@ here.
 
 ## Where they were made
 
-Every run had a process and a thread of its own, with the processor's instructions held to AVX2, so that the
+Every run was made in a worker process on one thread, with instructions limited to AVX2, so that the
 bits are the same on any x86-64 machine with these versions (`wib-nbdev verify` checks). `seconds` is a run's
-wall time beside other runs: not a benchmark.
+wall time while others ran on the machine: not a benchmark.
 
 {markdown(made)}
 
@@ -145,7 +144,7 @@ wall time beside other runs: not a benchmark.
 
 {markdown(table)}
 
-- `runs.csv`: a line a run: key, configuration, status, seconds, versions, SHA-256 of the weights after the
+- `runs.csv`: a line per run: key, configuration, status, seconds, versions, SHA-256 of the weights after the
   first and the last epoch.
 - `epochs.parquet`: key, epoch, split, loss (nats), accuracy (share), seconds.
 - `correct.parquet`: key, bits: which test images were right after the last epoch (`numpy.packbits`, in file
@@ -153,14 +152,14 @@ wall time beside other runs: not a benchmark.
 - `steps.parquet`: key, iteration, loss (nats) of the first epoch. Not in the wheel.
 - `layers.parquet`: key, iteration, layer, mean, std (population), inactive and near-zero shares,
   gradient_rms. Not in the wheel.
-- `curves.csv`: the learning curves in one table, for other programs: a row a run and epoch, with its arm, its
-  setting, `step` (updates so far), losses (nats) and accuracies (shares). Not in the wheel.
+- `curves.csv`: the learning curves in one table, for other programs: a row per run and epoch, with its arm,
+  its setting, `step` (updates so far), losses (nats) and accuracies (shares). Not in the wheel.
 - `verdicts.csv`, `robustness.csv`: what `wib_nbdev.claims` says of these files.
 '''
 
 
 def curves(results: Results) -> pd.DataFrame:
-    "The learning curves for other programs: a row a run and epoch; `step` counts the updates until then."
+    "The learning curves for other programs: one row per run and epoch; `step`: updates until then."
     named = with_arms(results).runs[['key', 'dataset', 'arm', 'valid', 'optimizer', 'momentum', 'lr', 'seed']]
     epochs = results.epochs.drop(columns='seconds')
     wide = epochs.pivot(index=['key', 'epoch'], columns='split', values=['loss', 'accuracy'])
@@ -172,16 +171,15 @@ def curves(results: Results) -> pd.DataFrame:
 
 
 def publish() -> None:
-    "Changes over: results_next/ becomes the results of the package."
+    "Makes results_next/ the results of the package."
     results = load_results(NEXT)
     if missing := lacking(results):
-        sys.exit(f'{len(missing)} of the planned runs are lacking: run and merge first')
+        sys.exit(f'{len(missing)} of the planned runs are missing: run and merge first')
     check_provenance(set(results.runs['commit']))
-    shutil.rmtree(PACKAGE, ignore_errors=True)
     write_results(results, PACKAGE)
     curves(results).to_csv(PACKAGE / 'curves.csv', index=False, float_format='%.6g')
     write_verdicts(results)
-    print(f'{len(results.runs)} runs are in {PACKAGE.relative_to(ROOT)}; results_next/ can go')
+    print(f'{len(results.runs)} runs are in {PACKAGE.relative_to(ROOT)}; results_next/ can be deleted')
 
 
 def write_verdicts(results: Results) -> None:
@@ -196,25 +194,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge'))
     parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper',
-                        help='folder of the runs, a file each')
+                        help='folder with one file per run')
     parser.add_argument('--root', type=Path, default=None,
                         help='folder of the full data (default: WIB_DATA, else data)')
-    parser.add_argument('--jobs', type=int, default=-1, help='worker processes (default: one a core)')
+    parser.add_argument('--jobs', type=int, default=-1, help='worker processes (default: one per core)')
     options = parser.parse_args()
     if options.step == 'publish': return publish()
     if options.step == 'judge': return write_verdicts(load_results(PACKAGE))
     if options.step == 'run':
         if git('status', '--porcelain', '--', 'wib_nbdev'):
-            sys.exit('wib_nbdev/ was edited: commit first, for runs name what made them')
+            sys.exit('wib_nbdev/ was edited: commit first, since a run records its commit')
         if (NEXT / 'runs.csv').exists():
             print(f'{restore_runs(NEXT, options.store)} merged runs put into {options.store}')
         try: run_plan(options.store, n_jobs=options.jobs, root=options.root)
         except SweepError as error: sys.exit(str(error))
     results = load_results(options.store)
     check_provenance(set(results.runs['commit']))
+    if (NEXT / 'runs.csv').exists():
+        lost = set(load_results(NEXT).runs['key']) - set(results.runs['key'])
+        if lost: sys.exit(f'{options.store} lacks {len(lost)} runs of {NEXT.name}/; `run` restores them')
     write_results(results, NEXT)
     print(f'{len(results.runs)} runs are in {NEXT.relative_to(ROOT)}, '
-          f'{len(lacking(results))} of the plan are lacking')
+          f'{len(lacking(results))} of the plan are missing')
 
 
 if __name__ == '__main__': main()

@@ -7,7 +7,7 @@ __all__ = ['VERDICTS', 'THEMES', 'DATASETS', 'CONVOLUTIONS', 'READINGS', 'NEAR',
            'CLAIMS', 'NOTHING', 'PROMISES', 'JUDGED', 'WORLD', 'THRESHOLDS', 'Judgement', 'MissingRuns', 'exactly',
            'above', 'below', 'within', 'near', 'opposite', 'at_least', 'every', 'some', 'grade', 'decide', 'best_of',
            'Evidence', 'effect_of', 'intervals', 'ratio', 'largest_fall', 'Claim', 'robustness', 'judge',
-           'committed_verdicts', 'summary']
+           'committed_verdicts']
 
 # %% ../nbs/lib/claims.ipynb #92c50609
 import math
@@ -77,7 +77,7 @@ def exactly(x:float) -> Interval:
 def above(
     x:Interval, # with NaN ends for an exact number
     bound:float,
-    room:float=0.0, # so near to the bound, the two are the same for all practical ends
+    room:float=0.0, # a distance from the bound that makes no difference in practice
 ) -> Test:
     "True if the interval lies wholly above the bound; False if wholly below, or within the room; else None."
     low, high = (x.mean, x.mean) if math.isnan(x.low) else (x.low, x.high)
@@ -85,7 +85,7 @@ def above(
     return False if high <= bound or (bound - room < low and high < bound + room) else None
 
 def below(x:Interval, bound:float, room:float=0.0) -> Test:
-    "`above`, upside down."
+    "True if the interval lies wholly below the bound, and so on as in `above`."
     return above(Interval(-x.mean, -x.high, -x.low), -bound, room)
 
 def within(x:Interval, least:float, most:float) -> Test:
@@ -104,13 +104,13 @@ def at_least(
     tests:Iterable[Test],
     n:float, # how many are needed
 ) -> Test:
-    "True if so many conditions are met; False if so many cannot be; else None."
+    "True if at least n conditions are met; False if that is no longer possible; else None."
     tests = list(tests)
     if tests.count(True) >= n: return True
     return False if tests.count(True) + tests.count(None) < n else None
 
 def every(tests:Iterable[Test]) -> Test:
-    "Whether all are met: one that is not decides."
+    "Whether all conditions are met; a single one that is not met makes it False."
     tests = list(tests)
     return at_least(tests, len(tests))
 
@@ -160,7 +160,7 @@ def _kept(method: Callable[..., _T]) -> Callable[..., _T]:
     return kept
 
 def _enough(rows: list[Any], needed: int, what: str, rivals: tuple[str, ...]) -> list[Any]:
-    "The rows, if each has so many pairs."
+    "The rows, if each has at least `needed` pairs."
     fewest = min(rows, key=lambda row: row.pairs, default=None)
     pairs, rival = (fewest.pairs, fewest.rival) if fewest else (0, rivals[0])
     if pairs >= needed: return rows
@@ -168,7 +168,7 @@ def _enough(rows: list[Any], needed: int, what: str, rivals: tuple[str, ...]) ->
 
 @dataclass(frozen=True)
 class Evidence:
-    "Results, and the choices by which they are judged. Methods raise `MissingRuns` for runs not there."
+    "Results, and the choices by which they are judged. Methods raise `MissingRuns` if runs are missing."
     results: Results
     setting: Mapping[str, Any] = field(default_factory=lambda: MAIN)  # the runs that count have these fields
     min_pairs: int = MIN_PAIRS
@@ -225,7 +225,7 @@ class Evidence:
 
     def better(self, row: Any, beyond: bool = False) -> Test:
         """Whether the arm of a row is better: by its interval and by Holm's p below 0.05, or beyond the ROPE.
-        Not so if it is worse, or the same for all practical ends. Undecided with too few finished pairs."""
+        False if it is worse or the same in practice. Undecided (None) with too few finished pairs."""
         if row.n < self.min_pairs: return None
         rope, is_loss = self.threshold * ROPE[kind_of(row.metric)], kind_of(row.metric) == 'loss'
         if beyond: return below(effect_of(row), -rope) if is_loss else above(effect_of(row), rope)
@@ -261,8 +261,8 @@ class Evidence:
 
     @_kept
     def roughness(self) -> dict[tuple[str, str, str], pd.Series]:
-        """By split, data set and arm, and by seed: how far an epoch's loss lies, on average, from the middle
-        of its neighbours' (nats)."""
+        """By split, data set and arm, and by seed: how far an epoch's loss lies, on average, from the mean of
+        the epochs before and after it (nats)."""
         runs = self.main.runs.query("status == 'finished'").set_index('key')
         epochs = self.main.epochs[self.main.epochs['key'].isin(runs.index)].sort_values('epoch')
         middle = lambda loss: np.abs(np.diff(loss, 2)).mean() / 2 if len(loss) > 2 else math.nan
@@ -325,7 +325,7 @@ class Evidence:
 
     @_kept
     def tracks(self, arm: str, dataset: str, column: str) -> dict[int, pd.DataFrame]:
-        "By seed: a statistic, a row a recorded iteration, a column a layer."
+        "By seed: a statistic, one row per recorded iteration, one column per layer."
         runs = self.runs(arm, dataset)
         if column not in self.results.layers: raise MissingRuns(f'{arm} on {dataset}, recorded with {column}')
         records, tracks = self._records(), {}
@@ -341,7 +341,7 @@ class Evidence:
     def averages(
         self, arm: str, dataset: str, column: str, first: float = 0, last: float = math.inf, fewest: int = 1,
     ) -> pd.DataFrame:
-        "A row a seed, a column a layer: a statistic's mean over the iterations from `first` to `last`."
+        "A row per seed, one column per layer: a statistic's mean over iterations `first` to `last`."
         rows = {}
         for seed, track in self.tracks(arm, dataset, column).items():
             part = track.loc[first:last]
@@ -349,14 +349,14 @@ class Evidence:
                 wanted = f'{fewest} or more recorded iterations from {first} to {last}'
                 raise MissingRuns(f'{arm} on {dataset}, {wanted}: {len(part)} found')
             x, y = part.index.to_numpy(), part.to_numpy()
-            rows[seed] = y[0] if len(x) == 1 else np.trapezoid(y, x, axis=0) / (x[-1] - x[0])  # they thin out
+            rows[seed] = y[0] if len(x) == 1 else np.trapezoid(y, x, axis=0) / (x[-1] - x[0])  # unequal steps
         return pd.DataFrame.from_dict(rows, orient='index', columns=list(LAYERS))
 
     @_kept
     def falls(
         self, arm: str, dataset: str, column: str, first: float = 0, last: float = math.inf,
     ) -> pd.Series:
-        "By seed: the largest share of its height so far that a convolution's statistic falls by."
+        "By seed: the largest fall of a convolution's statistic, as a share of its highest value so far."
         self.averages(arm, dataset, column, first, last, 10)
         tracks = self.tracks(arm, dataset, column)
         return pd.Series({seed: max(map(largest_fall, track.loc[first:last, CONVOLUTIONS].to_numpy().T))
@@ -376,7 +376,7 @@ def effect_of(row:Any) -> Interval:
     return Interval(row.effect, row.effect_low, row.effect_high)
 
 def intervals(
-    samples:pd.DataFrame, # a row a run or trial, a column a quantity
+    samples:pd.DataFrame, # one row per run or trial, one column per quantity
 ) -> dict[Any, Interval]:
     "The interval of each column."
     return {name: t_interval(samples[name]) for name in samples}
@@ -385,14 +385,14 @@ def ratio(
     ours:pd.Series, # positive, by seed
     theirs:pd.Series, # positive, by seed
 ) -> Interval:
-    "The geometric mean of the one over the other, seed by seed."
+    "The geometric mean of ours / theirs, seed by seed, with its interval."
     return Interval(*(math.exp(end) for end in t_interval((np.log(ours) - np.log(theirs)).dropna())))
 
 def largest_fall(
     values:Any, # (n,) one statistic over time, not negative
 ) -> float:
-    """The largest share of its height so far that a series falls by: 0 if it never falls, near 1 if it
-    collapses."""
+    """The largest fall of a series, as a share of its highest value so far: 0 if it never falls, near 1 if
+    it collapses."""
     x = np.asarray(values, dtype=float)
     highest = np.maximum.accumulate(x)
     return float(np.max(np.where(highest > 0, 1 - x / np.where(highest > 0, highest, 1), 0)))
@@ -444,13 +444,13 @@ def _statistics_of(fn: Activation) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 def one_layer(scale:float, fn:Activation=torch.clone) -> pd.DataFrame:
-    """A row a trial of Fig. 3: mean and std of the output with weights of standard deviation `scale`. ReLU
+    """A row per trial of Fig. 3: mean and std of the output with weights of standard deviation `scale`. ReLU
     and a linear layer are homogeneous: weights of another scale give the same output, scaled."""
     return _statistics_of(fn) * scale
 
 @cache
 def many_layers(name:str, gain:float, depth:int) -> pd.DataFrame:
-    """A row a trial and layer of dense networks 256 wide: mean, std, gradient (rms, relative to the last
+    """A row per trial and layer of dense networks 256 wide: mean, std, gradient (rms, relative to the last
     layer's)."""
     shift = relu_moments(math.sqrt(2)).mean
     fn = {'relu': torch.relu, 'logistic': torch.sigmoid, 'wib': lambda z: z.relu() - shift,
@@ -467,7 +467,7 @@ def layer_intervals(name:str, gain:float, depth:int=FEW_LAYERS) -> dict[tuple[st
             for layer, part in parts for column in ('mean', 'std', 'gradient')}
 
 def second_moment(trials:pd.DataFrame) -> Interval:
-    "Of a layer's output."
+    "The second moment of a layer's output, with its interval."
     return t_interval(trials['mean'] ** 2 + trials['std'] ** 2)
 
 def spell(x:Interval, digits:int=2) -> str:
@@ -519,7 +519,7 @@ def those_with_runs(judge:Callable[..., _T], cases:Iterable[Any]) -> list[_T]:
     return found
 
 def best_case(judge:Callable[..., Judgement], cases:Iterable[Any], before:str, between:str='. ') -> Judgement:
-    "The case that suits the paper best; `why` tells of all."
+    "The case that suits the paper best; its `why` lists all cases."
     found = those_with_runs(judge, cases)
     return best_of(found)._replace(why=before + between.join(each.why for each in found))
 
@@ -585,11 +585,11 @@ def reached(evidence:Evidence, row:Any) -> Test:
     return reaches and (evidence.better(row, beyond=True) or None)
 
 def up_to(evidence:Evidence, metric:str, sign:int) -> Judgement:
-    "The most favourable rival on each data set against the claimed size."
+    "Judges the most favourable rival on each data set by the claimed size."
     rows = evidence.rows((metric,))
     best = [max(each, key=lambda row: (row.n >= evidence.min_pairs, sign * row.effect))
             for each in split(rows)]
-    why = 'at most, ' + by_dataset(f'{in_words(row)} against {label(row.rival)}' for row in best)
+    why = 'most favourable, ' + by_dataset(f'{in_words(row)} against {label(row.rival)}' for row in best)
     top = max(best, key=lambda row: sign * row.effect)
     return decide(effect_of(top), why, *(reached(evidence, row) for row in best), n=count_runs(rows),
                   part=some(evidence.better(row, beyond=True) for row in rows))
@@ -664,7 +664,7 @@ def judge_equal_loss(evidence:Evidence) -> Judgement:
 # %% ../nbs/lib/claims.ipynb #06842e71
 @torch.no_grad()
 def multiply_adds(model:nn.Module, x:torch.Tensor) -> int:
-    "Of the convolutions and dense layers in a forward pass of one image: each output is a sum over a kernel."
+    "Multiply-adds of convolutions and dense layers for one image: each output is a sum over a kernel."
     counts: list[int] = []
     def count(layer: Any, _: Any, out: torch.Tensor) -> None:
         counts.append(out.numel() * layer.weight[0].numel())
@@ -702,7 +702,7 @@ def judge_eq4(evidence:Evidence) -> Judgement:
 
 @cache
 def linear_layers(std:float, depth:int, n_trials:int=20) -> pd.DataFrame:
-    "A row a trial, a column a layer: the second moment of linear layers 256 wide."
+    "A row per trial, one column per layer: the second moment of linear layers 256 wide."
     generator, rows = torch.Generator().manual_seed(0), []
     for _ in range(n_trials):
         x, row = torch.randn(WIDTH, WIDTH, generator=generator), {}
@@ -732,7 +732,7 @@ def judge_fig3a(evidence:Evidence) -> Judgement:
 def judge_fig3a_mean(evidence:Evidence) -> Judgement:
     "Fig. 3(a): does the mean of the outputs fluctuate around 0?"
     mean = t_interval(one_layer(1.0)['mean'] / one_layer(1.0)['std'])
-    why = f'in standard deviations, the mean is {spell(mean, 3)}'
+    why = f'the mean is {spell(mean, 3)} standard deviations'
     return decide(mean, why, near(mean, 0, 0.05 * evidence.threshold))
 
 def judge_fig3b(evidence:Evidence) -> Judgement:
@@ -798,9 +798,9 @@ def faster(evidence:Evidence, row:Any, fewest:int) -> Test:
 
 def epochs_in_words(rows:Sequence[Any]) -> str:
     "Epochs to a loss against each rival, and their ratio."
-    each = ', '.join(f'{label(row.rival)} {row.rival_epochs:.1f}, ratio {row.ratio:.2f} ({row.low:.2f} to '
-                     f'{row.high:.2f}, n = {row.n})' for row in rows)
-    return f'to a loss of {rows[0].target:.2f} in {rows[0].arm_epochs:.1f} epochs against {each}'
+    each = ', '.join(f'{row.rival_epochs:.1f} with {label(row.rival)} (ratio {row.ratio:.2f}, {row.low:.2f} '
+                     f'to {row.high:.2f}, n = {row.n})' for row in rows)
+    return f'{rows[0].arm_epochs:.1f} epochs to a loss of {rows[0].target:.2f}, against {each}'
 
 def judge_speed(evidence:Evidence) -> Judgement:
     "Section 4: does WIB-ReLU reach a training loss in fewer epochs than each rival?"
@@ -889,8 +889,8 @@ def each_layer(means:Iterable[Mapping[str, Interval]], unit:str='.0%') -> str:
 def layers_within(
     evidence:Evidence, column:str, layers:list[str], least:float, most:float, what:str,
 ) -> Judgement:
-    """Whether a statistic of the default network on Fashion-MNIST lies between two numbers, with a room of a
-    half, in each of these layers; in part, in three."""
+    """Whether a statistic of the default network on Fashion-MNIST lies between two numbers, with a margin of
+    0.5, in each of these layers; in part, in three."""
     frame = evidence.averages('relu_pytorch', 'fashion_mnist', column, SETTLED)[layers]
     means, room = intervals(frame).values(), 0.5 * evidence.threshold
     tests = [within(x, least - room, most + room) for x in means]
@@ -932,7 +932,8 @@ def judge_gradient_zero(evidence:Evidence) -> Judgement:
                    for span in ((0, SETTLED), (SETTLED + 1, math.inf)))
     ratios = [[ratio(a[layer], b[layer]) for layer in CONVOLUTIONS] for a, b in zip(early, late, strict=True)]
     tests = [at_least((below(x, 0.1**evidence.threshold) for x in each), 3) for each in ratios]
-    why = f'gradient until iteration 200 over that after, conv1 to conv4: {by_dataset(map(listed, ratios))}'
+    why = ('gradient until iteration 200, divided by that after it, conv1 to conv4: '
+           f'{by_dataset(map(listed, ratios))}')
     return decide(min(x for each in ratios for x in each), why, *tests, n=count_rows(*early))
 
 def judge_fig8(evidence:Evidence) -> Judgement:
@@ -947,7 +948,7 @@ def judge_fig8(evidence:Evidence) -> Judgement:
 # %% ../nbs/lib/claims.ipynb #560fa65a
 @cache
 def fresh_weights() -> np.ndarray:
-    "Of a Conv2d as PyTorch makes it, 64 channels and 3×3, scaled by the square root of its fan-in."
+    "The weights of a Conv2d of PyTorch (64 channels, 3×3), times the square root of its fan-in."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Conv2d(64, 256, 3).weight.detach().flatten().numpy() * math.sqrt(64 * 9)
@@ -1049,11 +1050,11 @@ def judge_fig10_values(evidence:Evidence) -> Judgement:
     return decide(over_layers(frames[0]), why, *tests, n=count_rows(*frames))
 
 def fewer(evidence:Evidence, before:str, after:str) -> Judgement:
-    "Times fewer: a share of the default ReLU network over that of WIB-ReLU, seed by seed."
+    "How many times fewer: a share of the default ReLU network over that of WIB-ReLU, seed by seed."
     sides = [[each.mean(axis=1) for each in convolutions(evidence, arm, column)]
              for arm, column in (('relu_pytorch', before), (evidence.wib, after))]
     ratios = list(map(ratio, *sides))
-    why = by_dataset(f'{a.mean():.0%} and {b.mean():.0%}, {spell(x)} times fewer'
+    why = by_dataset(f'{a.mean():.0%} with the default and {b.mean():.0%} with WIB-ReLU, ratio {spell(x)}'
                      for a, b, x in zip(*sides, ratios, strict=True))
     tests = [above(x, 2.5**evidence.threshold) for x in ratios]
     return decide(ratios[0], why, *tests, n=count_rows(*sides[0], *sides[1]))
@@ -1072,7 +1073,7 @@ def judge_fig11_means(evidence:Evidence) -> Judgement:
              for span, name in zip(spans, farthest, strict=True)]
     hidden = max(abs(x.mean) for (layer, _), x in spans[1].items() if layer != 'dense')
     why = (f'the layer farthest from 0 has a mean of {words[0]} in the first 20 iterations and of {words[1]} '
-           f'over all of training; of those with an activation before them, {hidden:.2f}')
+           f'over all of training; without the dense layer, the farthest mean is {hidden:.2f} from 0')
     tests = [every(near(x, 0, 0.25 * evidence.threshold) for x in span.values()) for span in spans]
     most = max(t_interval(frame.abs().max(axis=1)) for frame in frames)
     return decide(most, why, *tests, n=count_rows(*frames))
@@ -1122,7 +1123,7 @@ def all_better(
     won = [metric for metric, test in whole.items() if test]
     better, worse, open_ = (tests.count(test) for test in (True, False, None))
     lost = sum(row.pairs - row.n for row in rows if row.metric == rows[0].metric)
-    why = (f'of {len(tests)} comparisons {better} shown better, {worse} not better, {open_} undecided; '
+    why = (f'of {len(tests)} comparisons {better} are better, {worse} not better, {open_} undecided; '
            f"better than all rivals in {', '.join(won) or 'no metric'}"
            + (f'; {lost} pairs lost to runs that diverged' if lost else ''))
     return share_won(rows, tests, why, *whole.values())
@@ -1141,7 +1142,7 @@ def judge_fig12_values(evidence:Evidence) -> Judgement:
     too = []
     for rival in RIVALS:
         try: too += [label(rival)] * bool(every(as_printed(rival)))
-        except MissingRuns: pass  # told beside the verdict, which does not rest on it
+        except MissingRuns: pass  # mentioned only; the verdict does not depend on it
     epoch = 'last epoch' if evidence.at == 'last' else 'epoch of the lowest validation loss'
     why = (f"{epoch}: {', '.join(f'{metric} {values[metric].mean:.3f}' for metric in METRICS)}; "
            f"rivals that pass too: {', '.join(too) or 'none'}")
@@ -1232,7 +1233,7 @@ def _settings(setting: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]
 def _worlds(
     claim: Claim, base: Evidence, settings: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[dict[str, Any], Judgement | MissingRuns]]:
-    "What the judge says in each world; runs that are missing as the error that names them."
+    "Each world with its judgement, or with the error that names the missing runs."
     axes: dict[str, Iterable[Any]] = dict(
         threshold=THRESHOLDS, reading=dict.fromkeys([base.wib, *READINGS]), at=('last', 'best'),
         near_zero=NEAR, setting=settings)
@@ -1255,13 +1256,13 @@ def _the_best(found: Mapping[str | None, Judgement | MissingRuns]) -> Judgement:
     return best._replace(why=f'{best.why} [{name}; {others}]') if others else best
 
 def robustness(
-    results:Results=NOTHING, # of `sweep.load_results`
+    results:Results=NOTHING, # from `sweep.load_results`
     setting:Mapping[str, Any] | None=None, # as in `judge`
     *,
     min_pairs:int=MIN_PAIRS, # pairs of seeds that a comparison needs
     claims:Sequence[Claim] | None=None, # which; `CLAIMS` if None
 ) -> pd.DataFrame:
-    """A row a claim and world that has runs: threshold (a factor), reading (of Eq. 8), at (the epoch),
+    """A row per claim and world with runs: threshold (a factor), reading (of Eq. 8), at (the epoch),
     setting, near_zero (definition), None for a choice that the claim does not depend on, and the verdict
     there."""
     settings = _settings(setting)
@@ -1285,7 +1286,7 @@ def judge(
     Parameters
     ----------
     results : Results
-        Of `sweep.load_results`. Without any, only what needs no runs is judged.
+        From `sweep.load_results`. Without runs, only the claims that need none are judged.
     setting : mapping, optional
         The fields of the runs that count. By default the three settings of `plan.SETTINGS`: each claim about
         runs is judged in each, and the verdict that is best for the paper counts.
@@ -1301,7 +1302,7 @@ def judge(
     Returns
     -------
     pd.DataFrame
-        A row a claim: id, place, theme, quote, reading, criterion, threshold_from, needs, quantity, value
+        A row per claim: id, place, theme, quote, reading, criterion, threshold_from, needs, quantity, value
         with its 95 % interval (low, high), n_runs, verdict (of `VERDICTS`), why, and worlds: in how many of
         the worlds of `robustness` the verdict is the same. Where runs are missing the verdict is 'cannot be
         tested', and `why` says which.
@@ -1329,19 +1330,7 @@ def judge(
     return pd.DataFrame(rows, columns=JUDGED)
 
 def committed_verdicts() -> pd.DataFrame:
-    "What `judge` said of the committed full reproduction, its layers included; empty where there is none."
+    "The committed verdicts of `judge` on the full reproduction, with its layers; empty if there are none."
     folder = os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results')
     path = Path(folder) / 'verdicts.csv'
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=JUDGED)
-
-def summary(
-    verdicts:pd.DataFrame, # of `judge`
-) -> str:
-    "One Markdown paragraph: how many claims have which verdict, and which."
-    groups = {verdict: list(verdicts.loc[verdicts['verdict'] == verdict, 'id']) for verdict in VERDICTS}
-    plural = ('hold', 'hold in part', 'are undecided', 'do not hold', 'cannot be tested')
-    counts = '; '.join(f'{len(ids)} {words} ({", ".join(ids)})'
-                       for words, ids in zip(plural, groups.values(), strict=True) if ids)
-    waiting = verdicts['why'].str.startswith('not run yet').sum()
-    note = f' Runs are missing for {waiting} of them.' if waiting else ''
-    return f'Of {len(verdicts)} claims: {counts}.{note}'

@@ -89,16 +89,11 @@ def _axes(
     return axes
 
 # %% ../nbs/lib/cli.ipynb #523dac01
-def _duration(seconds: float) -> str:
-    "For people."
-    if seconds < 90: return f'about {seconds:.0f} seconds'
-    return f'about {seconds / 60:.0f} minutes' if seconds < 5400 else f'about {seconds / 3600:.1f} hours'
-
 @dataclass
 class Workers:
-    "Where the runs of a sweep take place."
+    "Where the runs of a sweep are computed."
     root: _Root = None # folder of the full data (default: WIB_DATA, else data)
-    jobs: int = -1 # worker processes; -1 for one a core
+    jobs: int = -1 # worker processes; -1 for one per core
     cluster: _Cluster = None # a Dask scheduler, tcp://HOST:PORT, in place of local processes
     progress: bool = True # show runs done, time left and the last result
 
@@ -109,18 +104,15 @@ class Workers:
         "What `make_runs`, such as `run_sweep`, returns with these workers."
         options.update(n_jobs=self.jobs, cluster=self.cluster, root=self.root, progress=self.progress)
         try: return make_runs(*args, **options)
-        except KeyboardInterrupt: raise SystemExit(130) from None  # the sweep has said how to go on
+        except KeyboardInterrupt: raise SystemExit(130) from None  # the sweep has printed how to continue
 
     def prepare(self, configs: Sequence[TrainConfig], store: Path) -> None:
-        "Says what there is to do and how long it takes; data that are missing fail here, once."
+        "Says what there is to do; data that are missing fail here, once."
         from wib_nbdev.data import load
-        from wib_nbdev.sweep import estimate_seconds
         lacking = [config for config in configs if not (store / f'{config.key}.parquet').exists()]
         _say(f'{len(configs)} runs, kept in {store}; {len(configs) - len(lacking)} are there already')
         if self.cluster: return
-        full = {config.dataset for config in lacking if not config.sample}
-        for name in sorted(full): load(name, self.root)
-        if full or len(lacking) > 20: _say(f'{_duration(estimate_seconds(lacking, self.jobs))} to go')
+        for name in sorted({config.dataset for config in lacking if not config.sample}): load(name, self.root)
 
 _Workers = Annotated[Workers, tyro.conf.arg(name='')]
 
@@ -141,7 +133,7 @@ class Sweep:
     json: bool = False # print the runs as JSON
 
     def check(self) -> None:
-        "Before torch is loaded."
+        "Checks the options, before torch is loaded."
         self.axes = _axes([*itertools.chain(*self.vary)])
         combinations = [zip(self.axes, each, strict=True) for each in itertools.product(*self.axes.values())]
         self.configs = [replace(self.config, **dict(changed)) for changed in combinations]
@@ -161,22 +153,14 @@ class Sweep:
 # %% ../nbs/lib/cli.ipynb #73efb891
 def _now() -> str: return f'{datetime.now():%Y-%m-%d %H:%M}'
 
-def _judge(results: Any) -> Any:
-    "The verdicts on results in the settings of the plan, or in that of most runs where it is another."
-    from wib_nbdev.claims import judge
-    from wib_nbdev.plan import MAIN
-    from wib_nbdev.report import main_setting
-    setting = main_setting(results)
-    return judge(results, None if setting == MAIN else setting)
-
 def _print_verdicts(verdicts: Any) -> None:
-    "A line a claim."
+    "Prints one line per claim."
     for row in verdicts.itertuples():
         print(f"{row.id:18} {row.verdict:17} {textwrap.shorten(row.why, 110, placeholder=' …')}")
 
 @dataclass
 class Reproduce:
-    """Train the paper's networks on both data sets, judge what it says, and write a report. A second call
+    """Train the paper's networks on both data sets, judge its claims, and write a report. A second call
     goes on where the first was stopped.
 
     Examples:
@@ -191,7 +175,7 @@ class Reproduce:
     def run(self) -> int:
         "Makes the runs, prints a summary and writes the report; 1 if a run failed."
         from wib_nbdev.plan import best_rate_plan, edge_plan, full_plan, quick_plan, record_of, run_plan
-        from wib_nbdev.report import terminal_summary, write_report
+        from wib_nbdev.report import judge_main, terminal_summary, write_report
         from wib_nbdev.sweep import run_sweep
         store, quick = self.out / self.preset, self.preset == 'quick'
         configs = quick_plan() if quick else full_plan()
@@ -200,7 +184,7 @@ class Reproduce:
         else:
             results = self.workers.call(run_plan, store)
             configs += [*edge_plan(results), *best_rate_plan(results)]
-        verdicts = _judge(results)
+        verdicts = judge_main(results)
         page = write_report(results, store / 'report.html', verdicts=verdicts, made=_now())
         if self.all: _print_verdicts(verdicts)
         print(terminal_summary(results, page))
@@ -220,19 +204,20 @@ class Claims:
 
     def run(self) -> int:
         "Prints the verdicts."
-        from wib_nbdev.claims import committed_verdicts, summary
+        from wib_nbdev.claims import committed_verdicts
+        from wib_nbdev.report import count_verdicts, judge_main
         from wib_nbdev.sweep import load_results
         verdicts = committed_verdicts()
-        if self.store or verdicts.empty: verdicts = _judge(load_results(self.store))
+        if self.store or verdicts.empty: verdicts = judge_main(load_results(self.store))
         if self.json: _show(verdicts, True)
         else:
             _print_verdicts(verdicts)
-            print(f'\n{textwrap.fill(summary(verdicts), 110)}')
+            print(f'\n{count_verdicts(verdicts)}')
         return 0
 
 @dataclass
 class Report:
-    """Write the report of some runs: one HTML file that needs no network.
+    """Write the report of some runs: one HTML file that works offline.
 
     Examples:
       wib-nbdev report runs/quick
@@ -250,14 +235,14 @@ class Report:
 
 @dataclass
 class Data:
-    """Say which files of the two data sets are there and whole. Exit code 0 only if all are.
+    """List which files of the two data sets are present and undamaged. Exit code 0 only if all are.
 
     Examples:
       wib-nbdev data --root data
       wib-nbdev data --root data --download
     """
     root: _Root = None # folder of the full data (default: WIB_DATA, else data)
-    download: bool = False # fetch what is missing (from a server of a data folder, if WIB_MIRROR names one)
+    download: bool = False # download missing files (from the URL in WIB_MIRROR, if it is set)
     json: bool = False # print the table as JSON
 
     def run(self) -> int:
@@ -273,7 +258,7 @@ class Data:
 @dataclass
 class Verify:
     """Run some finished runs again and compare every bit of their weights. Exit code 0 only if all agree,
-    which is expected of x86-64 with AVX2: arm64 and AVX-512 compute with kernels of their own.
+    as expected on x86-64 with AVX2; arm64 computes with other kernels.
 
     Examples:
       wib-nbdev verify
@@ -284,11 +269,11 @@ class Verify:
     runs: int = 3 # how many, chosen at random
     whole: bool = False # all epochs; else the first one
     root: _Root = None # folder of the full data (default: WIB_DATA, else data)
-    jobs: int = -1 # worker processes; -1 for one a core
+    jobs: int = -1 # worker processes; -1 for one per core
     json: bool = False # print the comparison as JSON
 
     def check(self) -> None:
-        "Before torch is loaded."
+        "Checks the options, before torch is loaded."
         check_number(self.runs, 'runs', low=1, integer=True)
         Workers(jobs=self.jobs)
 
@@ -302,24 +287,24 @@ class Verify:
 # %% ../nbs/lib/cli.ipynb #a111c62e
 @dataclass
 class Diagnose:
-    """Show what each activation of a network puts out on real images, before and after ReLU became WIB-ReLU.
+    """Show the output of each activation of a network on real images, before and after the swap to WIB-ReLU.
 
     Examples:
       wib-nbdev diagnose
       wib-nbdev diagnose --model vgg11 --no-calibrate
       wib-nbdev diagnose --model my_module:make_model
     """
-    model: str = 'plain_cnn' # or one of torchvision's, or MODULE:FUNCTION that returns your own
+    model: str = 'plain_cnn' # plain_cnn, a torchvision model, or MODULE:FUNCTION that returns your own
     to: Literal['wib_relu', 'wib_relu_04', 'wib_relu_centred'] = 'wib_relu' # what takes ReLU's place
-    calibrate: bool = True # set each shift to the mean that the images give
-    dataset: Dataset = 'cifar10' # whose images, of the embedded sample
-    images: int = 128 # how many
+    calibrate: bool = True # set each shift to the mean measured on the images
+    dataset: Dataset = 'cifar10' # data set of the images, which are from the embedded sample
+    images: int = 128 # number of images
     size: int = 32 # side of an image in pixels
     seed: int = 0 # of the weights
     json: bool = False # print both tables as JSON
 
     def check(self) -> None:
-        "Before torch is loaded."
+        "Checks the options, before torch is loaded."
         check_number(self.images, 'images', low=1, high=1000, integer=True)
         check_number(self.size, 'size', low=1, integer=True)
         check_number(self.seed, 'seed', low=0, high=2**63 - 1, integer=True)
@@ -351,7 +336,7 @@ class Diagnose:
         return models.get_model(self.model, weights=None).eval()
 
     def find_own(self) -> Callable[[], Any]:
-        "The function that MODULE:FUNCTION names; modules are searched where the command was typed, too."
+        "The function that MODULE:FUNCTION names; modules in the current folder are found, too."
         module, _, name = self.model.partition(':')
         sys.path.insert(0, '')
         try: return getattr(import_module(module), name)
@@ -370,7 +355,7 @@ class Diagnose:
 # %% ../nbs/lib/cli.ipynb #72cff9e5
 COMMANDS = {'reproduce': Reproduce, 'train': Train, 'sweep': Sweep, 'report': Report, 'data': Data,
             'claims': Claims, 'diagnose': Diagnose, 'verify': Verify}
-DESCRIPTION = """What "Weight Initialization Based ReLU" claims, run and judged.
+DESCRIPTION = """Run the experiments of "Weight Initialization Based ReLU" and judge its claims.
 
 Examples:
   wib-nbdev reproduce                                 # minutes, on a small sample
@@ -383,7 +368,7 @@ Examples:
 def _parse(words: list[str]) -> Any:
     "The command that the words ask for; tyro ends with `SystemExit` after help and after wrong options."
     if '' in words or any(word.startswith('--') and word.endswith('=') for word in words):
-        raise ValueError("'': an empty word is no value; is a shell variable unset?")
+        raise ValueError("'': a value must not be empty; is a shell variable unset?")
     if words and not words[0].startswith('-'): one_of(words[0], COMMANDS, 'command')
     kinds = []
     for name, kind in COMMANDS.items():
@@ -408,12 +393,14 @@ def _run(words: list[str]) -> int:
     except SystemExit as end: return int(end.code or 0)
     except BrokenPipeError: raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        message = ' '.join(f'wib-nbdev: {error}'.split())
+        text: Any = error
+        if isinstance(error, OSError) and error.filename: text = f'{error.filename}: {error.strerror}'
+        message = ' '.join(f'wib-nbdev: {text}'.split())
         if command is None:
             name = f'{words[0]} ' if words[0] in COMMANDS else ''
             _say(f'{message}; see wib-nbdev {name}--help')
             return 2
-        if isinstance(error, TypeError): raise  # a fault of the library's own
+        if isinstance(error, TypeError): raise  # a bug of the library
         _say(message)
         return 1
 
@@ -430,7 +417,7 @@ def main(
             code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, such as `head`, has what it wants
+    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

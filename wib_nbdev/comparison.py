@@ -42,8 +42,8 @@ def _scale(frame: pd.DataFrame, metric: str, *references: float | None) -> tuple
 
 
 def learning_curves(
-    results:Results, # one run an arm, data set and seed
-    arms:Sequence[str]=PAPER_ARMS, # which
+    results:Results, # one run per arm, data set and seed
+    arms:Sequence[str]=PAPER_ARMS, # those to keep
 ) -> pd.DataFrame:
     "The finished runs by epoch and split: key, arm, dataset, seed, epoch, split, loss (nats), accuracy."
     runs = select(results, arm=list(arms), status='finished').runs
@@ -53,7 +53,7 @@ def learning_curves(
 
 # %% ../nbs/07_comparison.ipynb #1c29bbac
 def plot_curves(
-    frame:pd.DataFrame, # of `learning_curves`, one data set
+    frame:pd.DataFrame, # from `learning_curves`, one data set
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
     split:str='valid', # 'train' or 'valid'
@@ -67,7 +67,7 @@ def plot_curves(
     palette = {arm: colour(arm) for arm in part['arm'].unique()}
     sns.lineplot(part, x='epoch', y=metric, hue='arm', palette=palette, errorbar=_t_interval, err_kws=BAND,
                  linewidth=1.4, legend=False, ax=ax)
-    ax.set(ylim=ylim or _scale(part, metric, reference), xlim=(1, part['epoch'].max()),
+    ax.set(ylim=ylim or _scale(part, metric, reference), xlim=(1, max(2, part['epoch'].max())),
            ylabel=f"{metric} ({'nats' if metric == 'loss' else 'share'})")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if reference is not None: ax.axhline(reference, **THEORY)
@@ -101,7 +101,7 @@ def figure_13(results:Results, arms:Sequence[str]=PAPER_ARMS) -> Figure:
 
 # %% ../nbs/07_comparison.ipynb #c4a5f978
 def _forest(ax: Axes, table: pd.DataFrame, columns: Sequence[str], same: float, better: str) -> Axes:
-    "A row a data set and rival: a point and its interval (the columns), and which side of `same` is better."
+    "A row per data set and rival: a point, its interval (the columns), the better side of `same`."
     ax.axvline(same, color='#999999', linewidth=0.8)
     for row, (rival, *ends) in enumerate(table[['rival', *columns]].itertuples(index=False)):
         ax.plot(ends[1:], [row, row], color=colour(rival), linewidth=2)
@@ -113,10 +113,10 @@ def _forest(ax: Axes, table: pd.DataFrame, columns: Sequence[str], same: float, 
     return ax
 
 def figure_forest(
-    differences:pd.DataFrame, # of `paired_differences`
-    metrics:Sequence[str]=('valid loss', 'valid accuracy'), # which; one without rows leaves its panel empty
+    differences:pd.DataFrame, # from `paired_differences`
+    metrics:Sequence[str]=('valid loss', 'valid accuracy'), # one panel each, empty without rows
 ) -> Figure:
-    "`plot_forest` of some metrics, two in a row, losses on one scale and accuracies on one."
+    "`plot_forest` of several metrics, two panels per row. Losses share a scale, accuracies another."
     figure, axes = panels(-(-len(metrics) // 2), min(len(metrics), 2), panel_size=(4.9, 3), sharey='row')
     first: dict[str, Axes] = {}
     for ax in axes.flat: ax.set_axis_off()
@@ -129,7 +129,7 @@ def figure_forest(
 
 # %% ../nbs/07_comparison.ipynb #3fe5fe94
 def plot_forest(
-    differences:pd.DataFrame, # of `paired_differences`, one metric
+    differences:pd.DataFrame, # from `paired_differences`, one metric
     ax:Axes | None=None, # axes to draw on; new ones if None
 ) -> Axes:
     """Effect and interval by data set and rival (loss in percent, accuracy in points), `ROPE` shaded, the
@@ -146,19 +146,19 @@ def plot_forest(
 
 # %% ../nbs/07_comparison.ipynb #7dd898e9
 def plot_speed(
-    speeds:pd.DataFrame, # of `speed_differences`
+    speeds:pd.DataFrame, # from `speed_differences`
     ax:Axes | None=None, # axes to draw on; new ones if None
 ) -> Axes:
-    "Epochs to a common training loss, over the rival's, with 95 % intervals: below 1 the arm needs fewer."
+    "Epochs to a common training loss, divided by the rival's, with 95 % intervals; below 1: fewer epochs."
     title = f"epochs to the same loss, n = {_span(speeds['n'])}"
     ax = new_axes(ax, title=title, xlabel='ratio (WIB-ReLU’s over the rival’s)')
     return _forest(ax, speeds, ['ratio', 'low', 'high'], 1, '← faster')
 
 def figure_speed(
-    results:Results, # runs of WIB-ReLU and its rivals, one an arm, data set and seed
+    results:Results, # runs of WIB-ReLU and its rivals, one per arm, data set and seed
     targets:Mapping[str, float] | None=None, # by data set, the training loss to reach; `common_loss` if None
 ) -> Figure:
-    "Training loss of each arm with the loss that all reach, and the epochs to it against each rival."
+    "Training loss of each arm; and the epochs to a loss that all arms reach, against each rival."
     targets = common_loss(results) if targets is None else targets
     curves = learning_curves(results)
     widths = [1] * len(targets) + [1.4]
@@ -172,7 +172,7 @@ def figure_speed(
 
 # %% ../nbs/07_comparison.ipynb #f856521f
 def plot_rates(
-    values:pd.DataFrame, # of `run_values`: one metric, data set, optimizer and momentum
+    values:pd.DataFrame, # from `run_values`: one metric, data set, optimizer and momentum
     ax:Axes | None=None, # axes to draw on; new ones if None
 ) -> Axes:
     """Mean and 95 % interval over finished runs of each arm by learning rate; no point where all runs
@@ -195,8 +195,8 @@ def plot_rates(
 def figure_rates(
     results:Results, # runs over several settings; those with valid='holdout' are drawn
 ) -> Figure:
-    """Held-out accuracy by learning rate: a row a data set, a column an optimizer. `ValueError` without such
-    runs."""
+    """Held-out accuracy by learning rate: one row per data set, one column per optimizer. `ValueError`
+    without such runs."""
     held_out = select(results, valid='holdout')
     if held_out.runs.empty: raise ValueError("results: holds no run with valid='holdout'")
     values = run_values(held_out).query("metric == 'valid accuracy'")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 # %% ../nbs/lib/config.ipynb #d480fc0c
 def one_of(
@@ -36,10 +36,10 @@ def check_number(
     argument:str, # the argument's name, for the message
     *,
     integer:bool=False, # whole numbers only
-    **bounds:float, # low, high, above, below: the least, the greatest, and what it must exceed or stay under
+    **bounds:float, # low, high: the least and greatest value allowed; above, below: the same, but exclusive
 ) -> Any:
-    """`value` if it is a finite number within the bounds. `TypeError` if it is no number, `ValueError` if
-    it is the wrong one."""
+    """`value` if it is a finite number within the bounds. `TypeError` if it is not a number (or
+    not an integer), `ValueError` if it is not finite or out of bounds."""
     words = ' and '.join(f'{_WORDS[name]} {bound}' for name, bound in bounds.items())
     right = f"must be {'an integer' if integer else 'a finite number'} {words}".strip()
     kind: Any = Integral if integer else Real
@@ -77,8 +77,6 @@ def check_shifted(
 # %% ../nbs/lib/config.ipynb #7ccad574
 RESULTS_VERSION = 2  # raised when a change of the code changes the numbers that a configuration gives
 
-_CHOICES = dict(dataset=Dataset, activation=Activation, init=Scheme, optimizer=Optimizer, valid=Valid,
-                device=Device, network=Network)
 _COUNT: dict[str, Any] = dict(low=1, integer=True)
 _NUMBERS: dict[str, dict[str, Any]] = dict(
     gain=dict(above=0), shift={}, epochs=_COUNT, batch_size=_COUNT, lr=dict(above=0),
@@ -98,7 +96,7 @@ class TrainConfig:
     TypeError
         A value of the wrong type.
 
-    Source: paper, Section 4. The defaults are the paper's, save for the learning rate.
+    Source: paper, Section 4. The defaults are the paper's, except for the learning rate.
 
     Examples
     --------
@@ -106,40 +104,40 @@ class TrainConfig:
     'adam'
     """
     dataset: Dataset = 'fashion_mnist' # which images
-    activation: Activation = 'relu' # the unit after each layer
+    activation: Activation = 'relu' # the activation after each hidden layer
     init: Scheme = 'kaiming_normal' # how the weights are drawn
     gain: float | None = None # a gain in place of the scheme's own
     shift: float | None = None # a constant in place of WIB-ReLU's own (or of the compensated bias's)
     compensate_bias: bool = False # the control: ReLU, whose biases start where WIB-ReLU would put them
     epochs: int = 20 # passes over the training images
     batch_size: int = 256 # images in a step
-    lr: float = 0.004 # learning rate (the paper prints 0.4, which does not train)
+    lr: float = 0.004 # learning rate (with the 0.4 that the paper prints, nothing is learned)
     optimizer: Optimizer = 'adam' # how the weights are updated
     momentum: float = 0.9 # beta1 of Adam and AdamW, momentum of SGD
-    weight_decay: float = 0.0 # decay of the weights in a step
+    weight_decay: float = 0.0 # `weight_decay` of the optimizer (decoupled in adamw)
     seed: int = 0 # of the initial weights and of the order of the images; the same seed pairs two arms
     valid: Valid = 'test' # validate on the test images, or on a tenth held out from the training images
     sample: bool = False # train on the small sample inside the package
-    device: Device = 'auto' # auto takes CUDA, then MPS, then the CPU
+    device: Device = 'auto' # auto: CUDA if there is one, else MPS, else the CPU
     amp: bool = False # bfloat16 autocast
     compile: bool = False # torch.compile the network (it cannot be recorded then)
-    network: Network = 'plain_cnn' # the paper's, or one of the depth experiment's
-    depth: int | None = None # hidden layers, of the networks that can be deep
-    width: int | None = None # units or channels of a hidden layer; the network's own if None
+    network: Network = 'plain_cnn' # the paper's network, or one from the depth experiment
+    depth: int | None = None # number of hidden layers (of steps for rnn); not for plain_cnn
+    width: int | None = None # units or channels of a hidden layer; the network's default if None
     n_train: int | None = None # train on this many images only; all if None
-    calibrate: bool = False # before training, set each shift to the mean that a batch shows
+    calibrate: bool = False # before training, set each shift to the mean measured on a batch
     batch_norm: bool = False # batch norm before each activation
 
     def __post_init__(self) -> None:
-        for name, options in _CHOICES.items(): one_of(getattr(self, name), get_args(options), name)
-        for name, bounds in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and getattr(TrainConfig, name) is None: continue
-            kind = int if bounds.get('integer') else float  # 1, 1.0 and NumPy's 1 must give one key
-            object.__setattr__(self, name, kind(check_number(value, name, **bounds)))
-        for name in ('compensate_bias', 'sample', 'amp', 'compile', 'calibrate', 'batch_norm'):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f'{name}={getattr(self, name)!r}: must be True or False')
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            if get_origin(each.type) is Literal: one_of(value, get_args(each.type), name)
+            elif each.type is bool:
+                if not isinstance(value, bool): raise TypeError(f'{name}={value!r}: must be True or False')
+            elif value is not None or each.default is not None:
+                bounds = _NUMBERS[name]
+                kind = int if bounds.get('integer') else float  # 1, 1.0 and NumPy's 1 must give one key
+                object.__setattr__(self, name, kind(check_number(value, name, **bounds)))
         if self.compensate_bias and self.activation != 'relu':
             raise ValueError(f'compensate_bias=True with activation={self.activation!r}: '
                              "the control is a network of plain 'relu'")
@@ -148,7 +146,7 @@ class TrainConfig:
             raise ValueError(f'calibrate=True with activation={self.activation!r}: must come with '
                              f"{', '.join(SHIFTED)}")
         if self.network != 'plain_cnn' and self.depth is None:
-            raise ValueError(f'network={self.network!r}: needs a depth, the number of its hidden layers')
+            raise ValueError(f'network={self.network!r}: needs a depth, the number of hidden layers or steps')
         if self.network == 'plain_cnn' and (self.depth or self.width or self.batch_norm):
             raise ValueError("network='plain_cnn': its depth and width are the paper's, without batch norm; "
                              "take 'mlp', 'deep_cnn' or 'rnn'")

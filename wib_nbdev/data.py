@@ -16,6 +16,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from importlib import resources
@@ -140,7 +141,7 @@ _LAYOUTS = {'fashion_mnist': (_IDX,), 'cifar10': (_RECORDS, _PICKLES)}  # in ord
 
 # %% ../nbs/lib/data.ipynb #4953bcc4
 def _unpack(path:Path, files:Sequence[str]) -> dict[str, bytes]:
-    "What `path`, an archive or one file, packed or not, holds of `files`."
+    "The contents of those of `files` that are in `path`: an archive or one file, packed or not."
     if '.tar' in path.name:
         with tarfile.open(path) as archive:  # read in its order: going back would unpack it from its start
             streams = ((Path(member.name).name, archive.extractfile(member)) for member in archive)
@@ -155,7 +156,7 @@ class _Found(NamedTuple):
     problem: str # '' if the content is the published one
 
 def _check(path:Path | None, files:Sequence[str], layout:_Layout) -> list[_Found]:
-    "Read from `path` what it holds of `files`, and check each."
+    "Read those of `files` that are in `path`, and check each."
     if path is None: return [_Found(file, None, b'', 'is missing') for file in files]
     try: contents = _unpack(path, files)
     except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
@@ -170,7 +171,7 @@ def _check(path:Path | None, files:Sequence[str], layout:_Layout) -> list[_Found
     return found
 
 def _place(root:Path, layout:_Layout, file:str) -> Path | None:
-    "Where a file lies, unpacked or packed; None if it is missing."
+    "The path of a file, unpacked or packed; None if it is missing."
     places = (root/layout.folder/file, root/layout.package(file))
     return next((path for path in places if path.exists()), None)
 
@@ -184,7 +185,7 @@ def _missing(root:Path, layout:_Layout) -> list[str]:
     return [file for file in layout.digests if not _place(root, layout, file)]
 
 def _choose_layout(name:str, root:Path) -> _Layout:
-    "The layout of which least is missing, the preferred one of equals."
+    "The layout with the smallest share of missing files; in a tie, the preferred one."
     return min(_LAYOUTS[name], key=lambda layout: len(_missing(root, layout)) / len(layout.digests))
 
 def _root(root:str | Path | None) -> Path:
@@ -192,7 +193,7 @@ def _root(root:str | Path | None) -> Path:
     return Path(root or os.environ.get('WIB_DATA') or 'data')
 
 def _address(layout:_Layout, package:str) -> str:
-    "A mirror has the paths of a data folder, so that any data folder can be served as one."
+    "The URL of a package. A mirror has the paths of a data folder, so any data folder can be a mirror."
     mirror = os.environ.get('WIB_MIRROR')
     return f"{mirror.rstrip('/')}/{package}" if mirror else f'{layout.home}/{Path(package).name}'
 
@@ -200,7 +201,7 @@ def _address(layout:_Layout, package:str) -> str:
 def _size(path:Path) -> int: return path.stat().st_size if path.exists() else 0
 
 def _receive(url:str, part:Path) -> bool:
-    "Append to `part` what it lacks of `url`; whether everything came."
+    "Append to `part` what it lacks of `url`; returns whether the file is complete."
     request = Request(url, headers={'User-Agent': 'wib_nbdev', 'Range': f'bytes={_size(part)}-'})
     try: answer = urlopen(request, timeout=60)
     except HTTPError as error:
@@ -210,16 +211,17 @@ def _receive(url:str, part:Path) -> bool:
     is_quiet = not sys.stderr.isatty() and 'ipykernel' not in sys.modules
     mode = 'ab' if answer.status == 206 else 'wb'  # with status 200 the server sends everything again
     with answer, open(part, mode) as out:
-        start = out.tell()
-        with tqdm(desc=part.stem, total=answer.length and start + answer.length, initial=start, unit='B',
-                  unit_scale=True, leave=False, disable=is_quiet) as bar:
+        start, length = out.tell(), answer.headers['Content-Length']
+        total = None if length is None else start + int(length)
+        with tqdm(desc=part.stem, total=total, initial=start, unit='B', unit_scale=True, leave=False,
+                  disable=is_quiet) as bar:
             while chunk := answer.read(2**15):
                 out.write(chunk)
                 bar.update(len(chunk))
-    return not answer.length
+    return total is None or _size(part) == total
 
 def _download(url:str, part:Path) -> None:
-    "Fetch `url` into `part`, going on where the connection was cut, until a try brings nothing."
+    "Download `url` into `part`; after a lost connection, resume, until an attempt adds nothing."
     while True:
         size, error = _size(part), OSError('the connection was cut')
         try:
@@ -229,7 +231,7 @@ def _download(url:str, part:Path) -> None:
 
 # %% ../nbs/lib/data.ipynb #17ef8b41
 def _fetch_package(root:Path, layout:_Layout, package:str) -> None:
-    "Download one packed file; it gets its name when its content is right."
+    "Download one packed file; it gets its final name after its content has been checked."
     url, path = _address(layout, package), root/package
     part = path.with_name(f'{path.name}.part')
     print(f'downloading {url} to {path}', file=sys.stderr)
@@ -242,7 +244,8 @@ def _fetch_package(root:Path, layout:_Layout, package:str) -> None:
     for each in _check(part, files, layout):
         if each.problem:
             part.unlink()
-            raise OSError(f'{url} is not the published file and was deleted: {each.file} {each.problem}')
+            raise OSError(f'{url} is not the published file; the download was deleted: '
+                          f'{each.file} {each.problem}')
     os.replace(part, path)
 
 def _fetch(name:str, root:Path) -> None:
@@ -277,9 +280,9 @@ def _explain_missing(name:str, root:Path) -> str:
     layout = _choose_layout(name, root)
     missing = _missing(root, layout)
     packages = ', '.join(dict.fromkeys(layout.package(file) for file in missing))
-    return (f"{DATASET_LABELS[name]} is not whole in {root}: {layout.folder} lacks {', '.join(missing)}. "
-            'Load with download=True where there is a network (WIB_MIRROR=address: a served data folder); '
-            f'or put {packages} from {layout.home} into {root}, packed as it is; '
+    return (f"{DATASET_LABELS[name]} is not complete in {root}: {layout.folder} lacks {', '.join(missing)}. "
+            'Load with download=True where there is internet access (WIB_MIRROR=URL of a mirror); '
+            f'or put {packages} from {layout.home} into {root}, without unpacking; '
             'or name the folder that has the data (root=, --root or WIB_DATA); '
             'or take the small sample in the package (sample=True, --sample).')
 
@@ -301,13 +304,14 @@ def load(
             with FileLock(lock): _fetch(name, root)  # one process downloads, the others wait
         except (OSError, HTTPException, ValueError) as error:
             raise FileNotFoundError(f'{_explain_missing(name, root)} The download failed: {error}') from error
-        finally: lock.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError): lock.unlink()
     layout = _choose_layout(name, root)
     found = _examine(root, layout)
     for each in found:
         if each.problem:
             raise ValueError(f'{each.path}: {each.file} {each.problem}. Delete it and load again with '
-                             f'download=True, or put a whole copy from {layout.home} in its place.')
+                             f'download=True, or replace it by an undamaged copy from {layout.home}.')
     return _as_dataset(name, layout.parse([each.content for each in found]), layout.folder)
 
 # %% ../nbs/lib/data.ipynb #229a80af
@@ -383,7 +387,7 @@ def standardise(
     mean:Tensor, # (channels,), of pixels scaled to [0, 1], from the training images
     std:Tensor, # (channels,), likewise
 ) -> Tensor:
-    """Images as float32 of mean 0 and standard deviation 1 per channel, shaped and placed like `x`.
+    """Images as float32 of mean 0 and standard deviation 1 per channel, in `x`'s shape and on its device.
     The only tensor allocated is the result."""
     _check_bytes(x, 'x')
     factors = (1 / (255 * std), -mean / std)

@@ -60,7 +60,7 @@ FACTORIALS = {  # the arms of (mean, second moment): (kept, one), (kept, shrunk)
 
 # %% ../nbs/lib/depth.ipynb #53b41e7c
 class Family(NamedTuple):
-    "A kind of network: how it is written, how it is trained, and at which depths."
+    "A kind of network: its label in figures, its depths, and the fields of its training runs."
     label: str
     depths: tuple[int, ...]
     fields: dict[str, Any] # of `TrainConfig`
@@ -97,7 +97,7 @@ _shape_of = attrgetter('activation', 'init', 'gain', 'compensate_bias', 'calibra
 _ARM_OF = {_shape_of(config): arm for arm in DEPTH_ARMS for config in depth_plan(CELLS[:1], [arm])}
 
 def best_rates(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
 ) -> pd.DataFrame:
     """family, depth, arm, lr of the highest mean held-out accuracy (the lower of two equal rates), accuracy,
     and edge: whether no lower or no higher rate was tried."""
@@ -107,10 +107,10 @@ def best_rates(
     return best.assign(edge=best['lr'].isin([held['lr'].min(), held['lr'].max()]))
 
 def merge_runs(
-    results:Results, # of a sweep; what is not of this experiment is left out
+    results:Results, # from a sweep; runs of other experiments are left out
 ) -> pd.DataFrame:
-    """A row a run and split: family, depth, arm, seed, optimizer, lr, chosen (at the best rate), split, loss
-    (nats), accuracy (share), both of the last epoch and NaN if the run diverged. `split` is 'holdout' for
+    """A row per run and split: family, depth, arm, seed, optimizer, lr, chosen (at the best rate), split,
+    loss (nats), accuracy (share), both of the last epoch, NaN if the run diverged. `split` is 'holdout' for
     runs that choose rates, 'test' and 'train' for the others."""
     runs = results.runs[results.runs['network'].isin(FAMILIES)]
     arms = [_ARM_OF.get(_shape_of(config)) for config in configs_of(runs)]
@@ -129,7 +129,7 @@ def merge_runs(
     return frame[columns].astype({'depth': int, 'chosen': bool}).sort_values(order, ignore_index=True)
 
 def depth_best_plan(
-    results:Results, # of `depth_plan`
+    results:Results, # from `depth_plan`
     seeds:Iterable[int]=SEEDS, # of each arm
     **changes:Any, # further fields of `TrainConfig`, as in `depth_plan`
 ) -> list[TrainConfig]:
@@ -160,27 +160,27 @@ def load_runs(
 
 # %% ../nbs/lib/depth.ipynb #4229c656
 def side_by_side(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
     family:str, # a name in `FAMILIES`
     split:str='test', # or 'train'
     metric:str='accuracy', # or 'loss', which is given as minus its logarithm, so that more is better
 ) -> pd.DataFrame:
-    "A row a seed, a column (depth, arm), at the best rates; a run that diverged counts as `CHANCE`."
+    "A row per seed, one column per (depth, arm), at the best rates; a diverged run counts as `CHANCE`."
     part = runs[(runs['family'] == family) & (runs['split'] == split) & runs['chosen']]
     wide = part.fillna({metric: CHANCE[metric]}).pivot(index='seed', columns=['depth', 'arm'], values=metric)
     return wide if metric == 'accuracy' else -np.log(wide)
 
 def _select_whole(wide:pd.DataFrame, columns:Iterable[tuple[int, str]], n:int=2) -> pd.DataFrame:
-    "These columns at the seeds that have all of them, `n` at least."
+    "These columns, for the seeds that have all of them: at least `n`, else `MissingRuns`."
     columns = list(columns)
     lacking = [f'{arm} at depth {depth}' for depth, arm in columns if (depth, arm) not in wide]
     if lacking: raise MissingRuns(', '.join(lacking))
     whole = wide[columns].dropna()
-    if len(whole) < n: raise MissingRuns(f'{len(whole)} seeds that all have, {n} needed')
+    if len(whole) < n: raise MissingRuns(f'{len(whole)} seeds with runs of all arms, {n} needed')
     return whole
 
 def effects(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
     family:str, # a name in `FAMILIES`
     factorial:str='calibrated', # a name in `FACTORIALS`
     n_seeds:int=2, # needed
@@ -206,17 +206,17 @@ def effects(
     return pd.DataFrame(rows)
 
 def gain(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
     family:str, # a name in `FAMILIES`
-    depths:Sequence[int], # averaged over
-    arm:str, # what is compared
-    rival:str='relu', # with what
+    depths:Sequence[int], # the gain is their mean
+    arm:str, # the arm to compare
+    rival:str='relu', # the arm to compare it with
     split:str='test', # or 'train'
     metric:str='accuracy', # or 'loss'
     n_seeds:int=MIN_PAIRS, # needed
 ) -> pd.Series:
-    """By seed, by how much the arm is better: a difference of accuracies, or of minus the logarithms of
-    losses."""
+    """For each seed, how much better the arm is: the difference of the accuracies, or of minus the
+    logarithms of the losses."""
     wide = side_by_side(runs, family, split, metric)
     wide = _select_whole(wide, product(depths, (arm, rival)), n_seeds)
     ours, theirs = (wide.xs(each, axis=1, level='arm') for each in (arm, rival))
@@ -227,8 +227,8 @@ _POINT = ROPE['accuracy']
 _SIGNALS = ['contrast', 'gradient', 'scale']
 
 class Theory(NamedTuple):
-    """What stands for an arm: an elementwise function, the gain it is predicted at, and a factor for the
-    arm's own gain."""
+    """How an arm is predicted: an elementwise function, the gain of the prediction, and a factor that gives
+    the arm's own gain."""
     fn: Callable[[torch.Tensor], torch.Tensor]
     gain: float
     factor: float = 1.0
@@ -268,15 +268,15 @@ def signals(
     alike, unlike = (predict_arm(arm, depth, similarity) for similarity in (0.9, 0.1))
     left = (alike['similarity'] - unlike['similarity']).iloc[-1] / 0.8
     rms = math.hypot(alike['mean'].iloc[-1], alike['std'].iloc[-1])
-    contrast = math.log10(min(max(left, 1e-5), 1.0))  # below 1e-5 lies rounding
+    contrast = math.log10(min(max(left, 1e-5), 1.0))  # less than 1e-5 is rounding error
     return contrast, -abs(math.log10(alike['gradient'].iloc[0])), -abs(math.log10(rms))
 
 # %% ../nbs/lib/depth.ipynb #54cd753d
 def decided_pairs(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
 ) -> pd.DataFrame:
-    """family, depth, better, worse: pairs of arms whose difference is sure; and by how much the better
-    one's signals are higher."""
+    """family, depth, better, worse: pairs of arms with a clear difference; and how much higher the
+    better one's signals are."""
     rows = []
     for family in sorted(set(runs['family'])):
         wide = side_by_side(runs, family)
@@ -291,7 +291,7 @@ def decided_pairs(
     return pd.DataFrame(rows, columns=['family', 'depth', 'better', 'worse', *_SIGNALS])
 
 def fit_predictor(
-    pairs:pd.DataFrame, # of `decided_pairs`
+    pairs:pd.DataFrame, # from `decided_pairs`
 ) -> pd.Series:
     """The weights of contrast, gradient and scale: logistic regression with a penalty of half their
     squared length."""
@@ -300,10 +300,10 @@ def fit_predictor(
     return pd.Series(minimize(loss, np.zeros(len(_SIGNALS))).x, _SIGNALS)
 
 def hit_rates(
-    pairs:pd.DataFrame, # of `decided_pairs`
-    weights:pd.Series, # of `fit_predictor`
+    pairs:pd.DataFrame, # from `decided_pairs`
+    weights:pd.Series, # from `fit_predictor`
 ) -> pd.DataFrame:
-    """A row a family and depth: pairs, and hits, the share that the weighted sum gets right; a tie counts
+    """A row per family and depth: pairs, and hits, the share that the weighted sum gets right; a tie counts
     half."""
     lead = (pairs[_SIGNALS] * weights).sum(axis=1)
     right = np.where(lead.abs() < 1e-9, 0.5, lead > 0)
@@ -314,7 +314,7 @@ def hit_rates(
 _CENTRED_ARM = 'wib_relu_centred_calibrated'  # a zero mean with the initialisation that suits it
 
 class Condition(NamedTuple):
-    "Gains by seed, what their mean has to exceed, and what is so near to that as to be no gain."
+    "Gains by seed, the bound that their mean has to exceed, and the room around it that is no gain."
     gains: pd.Series
     bound: float = 0.0
     room: float = 0.0
@@ -380,7 +380,7 @@ def judge_normalisation(runs:pd.DataFrame) -> Judgement:
         for family, kind in FAMILIES.items() if family != 'rnn'})
 
 def judge_future_rnn(runs:pd.DataFrame) -> Judgement:
-    "WIB-ReLU as the paper has it against ReLU in the recurrent network, above all where it reads row by row."
+    "The paper's WIB-ReLU against ReLU in the recurrent network, mainly with 28 steps (row by row)."
     steps = {n: gain(runs, 'rnn', [n], 'wib_relu') for n in FAMILIES['rnn'].depths}
     main = Condition(steps.pop(28), 0, _POINT)
     return _judge_gains({'28 steps': main}, {f'{n} steps': gains for n, gains in steps.items()})
@@ -392,11 +392,11 @@ def judge_predictor(runs:pd.DataFrame) -> Judgement:
     if lacking: raise MissingRuns(', '.join(f'{family} at depth {n}' for family, n in sorted(lacking)))
     pairs = decided_pairs(runs)
     fitted, tested = pairs[pairs['family'] == 'mlp'], pairs[pairs['family'] != 'mlp']
-    if fitted.empty or tested.empty: raise MissingRuns('pairs of arms that differ for sure')
+    if fitted.empty or tested.empty: raise MissingRuns('pairs of arms with a clear difference')
     cells = hit_rates(tested, fit_predictor(fitted))
     x = mean_interval(cells['hits'])
-    why = (f'{x.mean:.0%} ({x.low:.0%} to {x.high:.0%}) of {len(tested)} pairs in {len(cells)} cells, '
-           'a mean over cells.')
+    why = (f'{x.mean:.0%} ({x.low:.0%} to {x.high:.0%}) of {len(tested)} pairs, as a mean over '
+           f'{len(cells)} networks and depths.')
     return Judgement(*x, len(tests), grade(above(x, 0.5, 0.25)), why)
 
 # %% ../nbs/lib/depth.ipynb #37e931ca
@@ -406,9 +406,9 @@ _OF_FAMILIES = {f'{kind}_{family}': partial(_judge_effect, family=family, over=o
                 for kind, over in (('mean', 'all depths'), ('depth', 'change with depth'))}
 
 def judge_depth(
-    runs:pd.DataFrame, # of `merge_runs` or `load_runs`
+    runs:pd.DataFrame, # from `merge_runs` or `load_runs`
 ) -> pd.DataFrame:
-    """A row a statement of `depth.ini`: id and its texts (question, place, quote, quantity, criterion,
+    """A row per statement in `depth.ini`: id and its texts (question, place, quote, quantity, criterion,
     threshold_from), value, low, high, n_runs, verdict and why. Where runs are missing the verdict is 'cannot
     be tested', and `why` says which."""
     rows = []
@@ -426,7 +426,7 @@ SHOWN = ('relu', 'relu_shrunk', 'wib_relu', 'wib_relu_calibrated', 'wib_relu_cen
          'relu_batch_norm')
 
 def plot_depth_accuracy(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
     family:str, # a name in `FAMILIES`
     arms:Sequence[str]=SHOWN, # names in `DEPTH_ARMS`
     ax:Axes | None=None, # axes to draw on; new ones if None
@@ -444,10 +444,10 @@ def plot_depth_accuracy(
     return ax
 
 def figure_depth(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
     arms:Sequence[str]=SHOWN, # names in `DEPTH_ARMS`
 ) -> Figure:
-    "`plot_depth_accuracy`, a panel a family."
+    "`plot_depth_accuracy`, one panel per family."
     families = [family for family in FAMILIES if family in set(runs['family'])]
     figure, axes = panels(1, len(families), panel_size=(4.4, 3.2))
     for ax, family in zip(axes[0], families, strict=True): plot_depth_accuracy(runs, family, arms, ax)
@@ -456,7 +456,7 @@ def figure_depth(
     return figure
 
 def plot_effect(
-    runs:pd.DataFrame, # of `merge_runs`
+    runs:pd.DataFrame, # from `merge_runs`
     family:str, # a name in `FAMILIES`
     factorial:str='calibrated', # a name in `FACTORIALS`
     ax:Axes | None=None, # axes to draw on; new ones if None
@@ -485,10 +485,10 @@ CHART = {  # networks without normalisation, for which advice is given
 }
 
 def decision_chart(
-    runs:pd.DataFrame, # of `merge_runs` or `load_runs`
+    runs:pd.DataFrame, # from `merge_runs` or `load_runs`
     chart:dict[str, tuple[str, tuple[int, ...]]]=CHART, # by network: family and depths
 ) -> pd.DataFrame:
-    """A row a network: best (the arm), its gain over ReLU with the interval (points of test accuracy, over
+    """A row per network: best (the arm), its gain over ReLU with the interval (points of test accuracy, over
     these depths), use (the arm, or ReLU), as_good (other arms), and batch_norm, its gain."""
     rows = []
     for network, (family, depths) in chart.items():

@@ -21,7 +21,7 @@ from .variance import plot_trials, simulate_layer
 # %% ../nbs/02_initializers.ipynb #5f96fd62
 def figure_3b(
     fan_in:int=784, # inputs and outputs of the layer
-    n_trials:int=50, # layers drawn
+    n_trials:int=50, # random layers
     seed:int=0, # of weights and inputs
 ) -> Figure:
     "Fig. 3(b): weights by Eq. 5."
@@ -89,7 +89,7 @@ def _check_parameters(name: str, layer: nn.Module) -> None:
     for each in ('weight', 'bias'):
         lazy = isinstance(layer._parameters.get(each), nn.UninitializedParameter)
         if each in layer._parameters and not lazy: continue
-        computed = 'is computed by a parametrisation: initialise before that'
+        computed = 'is computed by a parametrisation: initialise the layer before adding it'
         reason = 'has no shape yet: run a batch through the model first' if lazy else computed
         raise ValueError(f'model: the {each} of layer {name or type(layer).__name__!r} {reason}')
 
@@ -105,7 +105,7 @@ def init_weights(
     model
         A layer, or a model with layers in it. Other modules (batch norm, PReLU) are left alone.
     scheme
-        One of `SCHEMES`. PyTorch's two schemes draw biases uniformly within 1/sqrt(fan_in); else they are 0.
+        One of `SCHEMES`. PyTorch's two draw biases uniformly within 1/sqrt(fan_in); the others set them to 0.
     gain
         Replaces the scheme's own gain.
     generator
@@ -156,7 +156,7 @@ def signal_and_gradient(
     x:Tensor, # (batch, ...), the input
     generator:torch.Generator | None=None, # source of the noise that is sent back
 ) -> pd.DataFrame:
-    """Standard normal noise sent back from the end of a network: a row a layer.
+    """Send standard normal noise back from the end of a network: one row per layer.
 
     Columns: layer, type, mean and std (population) of its output, gradient_std at its output, std_between (of
     a unit's output between inputs, averaged over units).

@@ -36,10 +36,10 @@ def relu_moments(
 # %% ../nbs/03_mean_shift.ipynb #c805b492
 def figure_4(
     fan_in:int=784, # inputs and outputs of the layer
-    n_trials:int=50, # layers drawn
+    n_trials:int=50, # random layers
     seed:int=0, # of weights and inputs
 ) -> Figure:
-    "Fig. 4: a ReLU's output under Eq. 5 (a) and under Kaiming initialisation (b), over Eq. 03.1."
+    "Fig. 4: a ReLU's output under Eq. 5 (a) and Kaiming initialisation (b), with Eq. 03.1 dashed."
     figure, axes = panels(1, 2, panel_size=(4.4, 3), sharey=True)
     for ax, gain, title in zip(axes[0], (1.0, math.sqrt(2)), ('(a) Eq. 5', '(b) Kaiming'), strict=True):
         generator = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ def gaussian_moments(fn: Callable[[Tensor], Tensor], preact_std: float = 1.0) ->
 
     Returns
     -------
-    Moments(mean, var, second_moment): right to 1e-10 if fn is continuous, to 1e-6 of the height of its jumps.
+    Moments(mean, var, second_moment): exact to 1e-10 if fn is continuous, else to 1e-6 of its largest jump.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def gaussian_moments(fn: Callable[[Tensor], Tensor], preact_std: float = 1.0) ->
     weight /= weight.sum()
     value, part = (fn(preact_std * points).double() for points in (u, u[::4097]))
     if value.shape != u.shape or not torch.allclose(part, value[::4097], equal_nan=True):
-        raise ValueError(f'fn={fn!r}: must be elementwise: an output depends on its own input alone')
+        raise ValueError(f'fn={fn!r}: must be elementwise: each output may depend only on its own input')
     mean = weight @ value
     var = weight @ (value - mean).square()
     moments = Moments(mean.item(), var.item(), (var + mean**2).item())
@@ -117,8 +117,9 @@ def centred_gain(fn: Callable[[Tensor], Tensor]) -> float:
     Notes
     -----
     With weights of standard deviation gain / sqrt(fan_in), a positively homogeneous fn (ReLU, Leaky ReLU)
-    keeps every variance if each layer subtracts its own mean. With a constant in its place a variance of one
-    is kept, but an excess grows: with ReLU and n units this lasts for about 2.5 n^(1/3) layers (Eq. 04.6).
+    keeps every variance if each layer subtracts its own mean. If a constant is subtracted instead, only a
+    variance of one is kept, and a larger one grows: with ReLU and n units the variance stays near one for
+    about 2.5 n^(1/3) layers (Eq. 04.6).
     For other functions multiply the unit's output by the gain, and start at a variance of one:
     `ZeroMean(fn, unit_variance=True)`. Source: Brock, De and Smith 2021, arXiv 2101.08692.
 

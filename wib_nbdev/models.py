@@ -30,10 +30,10 @@ from .initializers import init_weights
 from .style import colour, new_axes, panels
 
 # %% ../nbs/05_models.ipynb #4ec183f2
-Activation = str | Callable[[], nn.Module]  # a registered name, or what returns a new module at each call
+Activation = str | Callable[[], nn.Module]  # a registered name, or a function that returns a new module
 
 def _assemble(
-    make:Callable[[Any], Any], # from what makes an activation module to the network
+    make:Callable[[Any], Any], # makes the network; its argument makes an activation module
     activation:Activation='relu', init:str='kaiming_normal', compensate_bias:bool=False, *,
     gain:float | None=None, shift:float | None=None, generator:torch.Generator | None=None,
 ) -> Any:
@@ -57,12 +57,12 @@ LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'pool', 'flatten', 'dense')  # the
 def plain_cnn(
     in_channels:int, # 1 for Fashion-MNIST, 3 for CIFAR-10
     n_classes:int=10, # outputs of the dense layer
-    activation:Activation='relu', # a registered name, or what returns a new module at each call
+    activation:Activation='relu', # a registered name, or a function that returns a new module at each call
     init:str='kaiming_normal', # a scheme of `initializers.SCHEMES`
     compensate_bias:bool=False, # start the bias after each ReLU where WIB-ReLU's shift would put it
     *,
     gain:float | None=None, # the scheme's own if None
-    shift:float | None=None, # of WIB-ReLU or of the compensation; each one's own if None
+    shift:float | None=None, # of WIB-ReLU or of the compensated bias; if None, the default of either
     generator:torch.Generator | None=None, # source of the random weights
 ) -> nn.Sequential:
     """The paper's network (Fig. 6): images (batch, in_channels, height, width) to scores (batch, n_classes),
@@ -133,11 +133,11 @@ def figure_6() -> Figure:
 # %% ../nbs/05_models.ipynb #31d542dd
 @torch.no_grad()
 def compensate_next_bias(
-    model:nn.Module, # a ReLU network whose layers lie in a row; its biases are changed in place
+    model:nn.Module, # a ReLU network whose layers form a chain; its biases are changed in place
     shift:float=EQ7_SHIFT, # what WIB-ReLU would subtract from each activation
 ) -> nn.Module:
-    """Lower the bias after each activation by `shift` times the sum of its weights, which is what WIB-ReLU
-    does to it; returns the model."""
+    """Lower each bias after an activation by `shift` times the sum of that unit's weights: what WIB-ReLU
+    subtracts there, except at zero-padded borders. Returns the model."""
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     for layer in layers[1:]: layer.bias -= check_number(shift, 'shift') * layer.weight.flatten(1).sum(1)
     return model
@@ -177,8 +177,8 @@ def deep_cnn(
     batch_norm:bool=False, # before each activation
     **options:Any, # as in `mlp`
 ) -> nn.Sequential:
-    """A CNN whose first convolution (5 x 5, stride 4) leaves a quarter of the side; the others (3 x 3) keep
-    it: 8 x 8 on CIFAR-10."""
+    """A CNN whose first convolution (5 x 5, stride 4) reduces the side to a quarter; the others (3 x 3) keep
+    that size: 8 x 8 on CIFAR-10."""
     def make(unit: Any) -> nn.Sequential:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for number in range(1, depth + 1):
@@ -222,11 +222,11 @@ def rnn(
     depth:int=28, # steps in which an image is read: 28 reads Fashion-MNIST row by row
     width:int=128, # units of the hidden state
     *,
-    batch_norm:bool=False, # not for this network: one batch norm cannot serve all steps
+    batch_norm:bool=False, # must be False: one batch norm cannot serve all steps
     **options:Any, # as in `mlp`; fan_in counts the hidden state; compensate_bias is exact from step 2 on
 ) -> RowReader:
-    """A vanilla recurrent network that reads an image in `depth` steps. `ValueError` if they do not divide
-    the image, or for batch norm."""
+    """A vanilla recurrent network that reads an image in `depth` steps. `ValueError` if `depth` does not
+    divide the number of values in an image, or for batch norm."""
     n_inputs, left = divmod(prod(image_shape), depth)
     if left: raise ValueError(f'depth={depth}: must divide the {prod(image_shape)} numbers of an image')
     if batch_norm:

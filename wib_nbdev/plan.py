@@ -41,23 +41,21 @@ def arm_grid(
     arms:Iterable[str]=tuple(ARMS), # names in `ARMS`
     **axes:Any, # fields of `TrainConfig`: one value or a list of values each
 ) -> list[TrainConfig]:
-    "The arms on both data sets, seed by seed, so that a sweep that is stopped has whole pairs."
+    "The arms on both data sets, seed by seed, so that a sweep that was stopped has complete pairs."
     shared = grid(**{'seed': range(10), 'dataset': list(PAPER_LABELS), **axes})
     return [replace(config, **ARMS[one_of(arm, ARMS, 'arm')]) for config in shared for arm in arms]
 
 def with_arms(
-    results:Results, # of `sweep.load_results`
+    results:Results, # from `sweep.load_results`
 ) -> Results:
     """The same results with a column `arm` in `runs`: the name in `ARMS` whose fields the run has; runs
     of no arm are left out."""
     shape = ['activation', 'init', 'gain', 'compensate_bias', 'shift', 'network', 'n_train', 'calibrate']
     runs = results.runs.drop(columns='arm', errors='ignore')
-    shape = [name for name in shape if name in runs]
-    defaults = {name: getattr(TrainConfig(), name) for name in shape}
-    rows = [{**defaults, **changed, 'arm': arm} for arm, changed in ARMS.items()]
-    arms = pd.DataFrame(rows)[[*shape, 'arm']]
-    numbers = dict.fromkeys([name for name in ('gain', 'shift', 'n_train') if name in shape], float)
-    return results._replace(runs=runs.astype(numbers).merge(arms.astype(numbers), on=shape))
+    rows = [{**vars(TrainConfig()), **changed, 'arm': arm} for arm, changed in ARMS.items()]
+    numbers = dict.fromkeys(('gain', 'shift', 'n_train'), float)
+    arms = pd.DataFrame(rows)[[*shape, 'arm']].astype(numbers)
+    return results._replace(runs=runs.astype(numbers).merge(arms, on=shape))
 
 # %% ../nbs/lib/plan.ipynb #98616dfd
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -95,17 +93,17 @@ def recorded_plan() -> list[TrainConfig]:
 def record_of(
     config:TrainConfig, # any
 ) -> bool | dict[str, Any]:
-    """`record` of a planned run: of the quick plan's watched arms every second iteration, of
-    `recorded_plan` what is said above."""
+    """The argument `record` for a planned run: every second iteration for the watched arms of the quick
+    plan, the iterations of `thinned` for `recorded_plan`, else False."""
     keep: dict[str, Any] = dict(near_zero=tuple(NEAR_ZERO), gradients=True)
     if config in _RECORDED: return dict(keep, every=thinned)
     return dict(keep, every=2) if config in _QUICK_RECORDED else False
 
 # %% ../nbs/lib/plan.ipynb #fd80c275
-QUICK: dict[str, Any] = dict(sample=True, epochs=5, batch_size=50, lr=0.004)  # a setting for a minute
+QUICK: dict[str, Any] = dict(sample=True, epochs=5, batch_size=50, lr=0.004)  # takes a minute or two
 
 def quick_plan() -> list[TrainConfig]:
-    """Every arm on the embedded sample, three seeds, five epochs: a minute or two that show how
+    """Every arm on the embedded sample, three seeds, five epochs: takes a minute or two and shows how
     everything works."""
     return arm_grid(seed=range(3), **QUICK)
 
@@ -125,8 +123,8 @@ def rate_grid(
                                    valid='holdout', **axes)]
 
 def full_plan() -> list[TrainConfig]:
-    """The runs of the full reproduction in the order in which they are worth most; runs at the best rates
-    follow from their results."""
+    """The runs of the full reproduction, the most important first. The runs at the best rates depend on
+    their results, so they are not among them."""
     settings = [config for seed in SEEDS for setting in SETTINGS.values()
                 for config in arm_grid(PAPER_ARMS, seed=seed, **setting)]
     others = [arm for arm in ARMS if arm not in (*PAPER_ARMS, 'relu_gain_sqrt3', 'relu_kaiming_uniform')]
@@ -135,11 +133,11 @@ def full_plan() -> list[TrainConfig]:
 
 # %% ../nbs/lib/plan.ipynb #ca68ff2e
 def best_rates(
-    results:Results, # runs over several settings; those with valid='holdout' choose
+    results:Results, # runs over several settings; those with valid='holdout' are used
 ) -> pd.DataFrame:
-    """A row a data set and arm: optimizer, momentum, lr and mean of the setting with the highest held-out
+    """A row per data set and arm: optimizer, momentum, lr and mean of the setting with the highest held-out
     accuracy (share, mean over seeds, last epoch), and edge: whether no lower or no higher rate was tried. A
-    setting at which a run diverged is out, and so is a data set whose arms were not all tried in the same
+    setting with a diverged run is left out, and so is a data set whose arms were not all tried in the same
     settings with the same seeds."""
     setting = ['optimizer', 'momentum', 'lr']
     runs = with_arms(results).runs.query("valid == 'holdout'")
@@ -157,7 +155,7 @@ def best_rates(
     return best.assign(edge=(best['lr'] == best.pop('min')) | (best['lr'] == best.pop('max')))
 
 def edge_plan(
-    results:Results, # of `full_plan`
+    results:Results, # from `full_plan`
 ) -> list[TrainConfig]:
     "The runs that extend the grid beyond best rates on its edges, once."
     configs: list[TrainConfig] = []
@@ -168,7 +166,7 @@ def edge_plan(
     return list(dict.fromkeys(configs))
 
 def best_rate_plan(
-    results:Results, # of `full_plan` and `edge_plan`
+    results:Results, # from `full_plan` and `edge_plan`
 ) -> list[TrainConfig]:
     "Ten seeds of each arm in its own best setting, on the test images."
     names = ('dataset', 'optimizer', 'momentum', 'lr')

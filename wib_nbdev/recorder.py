@@ -40,13 +40,13 @@ class NearZero(NamedTuple):
     "A definition of a near-zero activation: the share of the values in `near` among those in `kept`."
     near:str # the interval that counts as near zero
     kept:str | None # the interval that a histogram keeps; None: every value
-    source:str # who counts so
+    source:str # who uses this definition
 
     def share(
         self,
         x:Any, # values, any shape
     ) -> float:
-        "The share, counted in the plain way, in float32."
+        "The share of the values x, counted directly, in float32."
         x = np.asarray(x, np.float32)
         def count(interval: str) -> int:
             low, high = cuts(interval)
@@ -107,7 +107,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _sums(x: Tensor) -> tuple[float, float]:
-    "Sum and sum of squares of `x` (n,): right to a few roundings, as is the variance made of them."
+    "Sum and sum of squares of `x` (n,): exact up to a few rounding errors, as is the variance from them."
     total, square = x.sum().item(), torch.dot(x, x).item()
     if 1e-30 < square / len(x) < inf and total**2 / len(x) < 0.99 * square: return total, square
     x = x.double() # the values are nearly constant, or vanish, or explode
@@ -129,8 +129,8 @@ class ActivationRecorder:
 
     Calls of a layer within one forward pass are taken together. Where a layer returns a tuple or a list, its
     first tensor is taken; a layer whose output is no floating-point tensor is left out, with a warning. A
-    layer that was not called has no row, and a pass that raises leaves none. What the model computes stays as
-    it is. On a GPU nothing waits for the numbers before they are asked for.
+    layer that was not called has no row, and a pass that raises leaves none. The model computes the same
+    as without it. On a GPU the numbers are read only when they are asked for, so training does not wait.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ class ActivationRecorder:
         self.iterations = 0 # forward passes that counted
         self._rows: list[list[Any]] = [] # of finished passes
         self._pass: dict[str, list[Any]] | None = None # a row for each layer, while a pass is recorded
-        self._inputs: dict[nn.Module, tuple[Any, Any]] = {} # of an activation: values, those not above 0
+        self._inputs: dict[nn.Module, tuple[Any, Any]] = {} # by activation: numbers of inputs, of those <= 0
         self._weights: dict[str, Tensor] = {} # before the optimiser's step
         self._updates: list[list[Any]] = []
         self._handles: list[Any] = []
@@ -219,7 +219,7 @@ class ActivationRecorder:
     def __exit__(self, *_:Any) -> None: self.stop()
 
     def _begin(self, model:nn.Module, args:Any) -> None:
-        self._pass, self._inputs = None, {} # whatever a pass that raised has left
+        self._pass, self._inputs = None, {} # clears what a failed pass left behind
         if not model.training: return
         wanted = self.every(self.iterations) if callable(self.every) else self.iterations % self.every == 0
         self._pass = {} if wanted else None
@@ -270,7 +270,7 @@ class ActivationRecorder:
         self.iterations += model.training
 
     def record_updates(self) -> None:
-        "Measure what `optimizer.step()` did to each weight; call it after the step. For `updates`."
+        "Measure what `optimizer.step()` did to each weight; call it after the step. Needs `updates`."
         after = dict(self._model.named_parameters()) if self._weights else {}
         for name, before in self._weights.items():
             weight, gradient = after[name].detach(), after[name].grad
@@ -312,7 +312,7 @@ class ActivationRecorder:
         layer:str, # one of `layers`
     ) -> pd.DataFrame:
         "The share of a layer's values in each bin: a row for each iteration, a column for each bin's centre."
-        if not self._bins: raise RuntimeError('histogram_frame(): made without histogram=True')
+        if not self._bins: raise RuntimeError('histogram_frame(): the recorder needs histogram=True')
         table = self._table().xs(one_of(layer, self.layers, 'layer'), level='layer')
         shares = np.diff(table[self._bins].to_numpy(float)) / table[['n']].to_numpy(float)
         centres = pd.Index((np.array(self.bin_edges[:-1]) + self.bin_edges[1:]) / 2, name='value')
@@ -321,7 +321,7 @@ class ActivationRecorder:
     def updates_frame(self) -> pd.DataFrame:
         """iteration, layer, gradient_std, weight_std, update_std (population) and ratio of update to weight:
         a row for each recorded step and parameter of two or more dimensions."""
-        if not self.updates: raise RuntimeError('updates_frame(): made without updates=True')
+        if not self.updates: raise RuntimeError('updates_frame(): the recorder needs updates=True')
         columns = ['iteration', 'layer', 'gradient_std', 'weight_std', 'update_std']
         frame = pd.DataFrame(_numbers(self._updates), columns=columns)
         return frame.assign(ratio=frame['update_std'] / frame['weight_std'])
@@ -345,7 +345,7 @@ def _draw(frame: pd.DataFrame, column: str, ax: Axes, layers: Sequence[str] | No
 
 # %% ../nbs/lib/recorder.ipynb #e7c7855b
 def plot_layer_stats(
-    frame:pd.DataFrame, # of `ActivationRecorder.to_frame`
+    frame:pd.DataFrame, # from `ActivationRecorder.to_frame`
     stat:str='mean', # a column: mean, std, inactive, a near-zero share or gradient_rms
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
@@ -360,7 +360,7 @@ def plot_layer_stats(
 
 
 def plot_near_zero(
-    frame:pd.DataFrame, # of `ActivationRecorder.to_frame`
+    frame:pd.DataFrame, # from `ActivationRecorder.to_frame`
     definition:str='near_zero_0.5', # a key of `NEAR_ZERO` that was recorded, or 'inactive'
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
@@ -377,7 +377,7 @@ def plot_near_zero(
 
 
 def plot_histogram(
-    frame:pd.DataFrame, # of `ActivationRecorder.histogram_frame`
+    frame:pd.DataFrame, # from `ActivationRecorder.histogram_frame`
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
     title:str='', # what the panel shows
@@ -391,7 +391,7 @@ def plot_histogram(
 
 
 def plot_updates(
-    frame:pd.DataFrame, # of `ActivationRecorder.updates_frame`
+    frame:pd.DataFrame, # from `ActivationRecorder.updates_frame`
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
     title:str='', # what the panel shows
@@ -406,13 +406,13 @@ def plot_updates(
 @torch.no_grad()
 def dead_units(
     model:nn.Module, # any; its modes and weights are left as they were
-    batches:Tensor | Iterable[Any], # inputs (n, ...), or batches of them; of (inputs, labels) the inputs
+    batches:Tensor | Iterable[Any], # inputs (n, ...), or batches of them; from (inputs, labels), the inputs
     layers:Sequence[str] | None=None, # names of layers with an activation; None: all of them
     *,
     unit_dim:int=1, # where units lie: 1 for (batch, channels, ...), -1 for (batch, tokens, features)
 ) -> pd.DataFrame:
-    """layer, n_units, dead: the share of units whose pre-activation is nowhere above 0, over all inputs and
-    places, in evaluation mode. `ValueError` for a layer without an activation, or for no input."""
+    """layer, n_units, dead: the share of units whose pre-activation is never above 0, over all inputs and
+    positions, in evaluation mode. `ValueError` for a layer without an activation, or for no input."""
     found = {name: activation_of(layer) for name, layer in find_layers(model, layers).items()}
     greatest: dict[str, Tensor] = {}
     def look(name: str, module: nn.Module, args: Any) -> None:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER', 'PROJECT', 'SITE', 'QUANTITIES', 'WHAT_IS_PROMISED', 'TOO_SMALL', 'FRESH_SEED', 'UNIT', 'WORTH', 'NOTEBOOKS',
            'Inputs', 'PICTURES', 'THEME_TITLES', 'main_setting', 'setting_in_words', 'state_of', 'against_relu',
-           'headline', 'change', 'numbers', 'Promise', 'promises', 'as_markdown', 'mark', 'explain_mark',
-           'count_verdicts', 'provenance', 'reason', 'measured', 'verdict_table', 'full_reproduction',
-           'terminal_summary', 'as_svgs', 'Picture', 'explorable', 'render', 'write_report']
+           'headline', 'numbers', 'Promise', 'promises', 'as_markdown', 'mark', 'explain_mark', 'marks_by_choice',
+           'count_verdicts', 'provenance', 'reason', 'measured', 'full_reproduction', 'terminal_summary', 'as_svgs',
+           'Picture', 'explorable', 'judge_main', 'render', 'write_report']
 
 # %% ../nbs/lib/report.ipynb #71e29c56
 import base64
@@ -33,22 +33,21 @@ from wib_nbdev.activations import (
     CENTRED_GAIN, CENTRED_SHIFT, EQ7_SHIFT, figure_5, simulate_depth, wib_relu,
 )
 from wib_nbdev.claims import (
-    DATASETS, JUDGED, PROMISES, THEMES, VERDICTS, Evidence, MissingRuns, Test, committed_verdicts, grade,
-    judge, some,
+    DATASETS, JUDGED, PROMISES, READINGS, THEMES, VERDICTS, Evidence, MissingRuns, Test, committed_verdicts,
+    grade, judge, some,
 )
 from .comparison import figure_12, figure_13, figure_forest, figure_rates, figure_speed
-from .config import TrainConfig
 from .initializers import SCHEMES, figure_3b
 from .mean_shift import figure_4
 from .models import figure_6
 from .plan import MAIN, PAPER_ARMS, SETTINGS
 from wib_nbdev.statistics import (
-    CLAIMED, COVERS, METRICS, MIN_PAIRS, ROPE, effect_in_words, kind_of, paired_differences, select,
-    speed_differences,
+    CLAIMED, COVERS, METRICS, MIN_PAIRS, ROPE, committed_pace, effect_in_words, kind_of, paired_differences,
+    select, speed_differences,
 )
 from .style import ARM_STYLE, DATASET_LABELS, PAPER_LABELS, label
 from .sweep import Results, atomic_write, committed_results
-from .training import RunResult, figure_layers, figure_near_zero
+from .training import figure_layers, figure_near_zero
 from .variance import figure_2, figure_3a
 
 # %% ../nbs/lib/report.ipynb #03f7cd4d
@@ -57,10 +56,10 @@ PROJECT = 'https://github.com/wib-nbdev/wib_nbdev'
 SITE = 'https://wib-nbdev.github.io/wib_nbdev'
 
 def main_setting(
-    results:Results, # of `sweep.load_results`
+    results:Results, # from `sweep.load_results`
 ) -> dict[str, Any]:
-    """The fields and values that most runs share; `plan.MAIN` among equals, and without runs. Device, amp and
-    compile are among the fields where the runs differ in them."""
+    """The fields and values that most runs share; `plan.MAIN` in a tie, or without runs. Device, amp and
+    compile are included only if the runs differ in them."""
     runs = select(results).runs
     if runs.empty: return dict(MAIN)
     names = [*MAIN, *(name for name in ('device', 'amp', 'compile') if runs[name].nunique() > 1)]
@@ -70,7 +69,7 @@ def main_setting(
     return max(found, key=lambda each: (counts[str(each)], MAIN.items() <= each.items()))
 
 def setting_in_words(
-    setting:Mapping[str, Any], # of `main_setting`
+    setting:Mapping[str, Any], # from `main_setting`
 ) -> str:
     "The optimizer and its rate, epochs, batch size and images; device, amp and compile where they are named."
     names = [name for name, fields in SETTINGS.items() if fields.items() <= setting.items()]
@@ -93,8 +92,8 @@ def state_of(
     n:int, # pairs of seeds
     metric:str='train loss', # one of `METRICS`, which says what is better and what is too small to matter
 ) -> str:
-    """'better' or 'worse' (the interval lies on that side of zero), 'equal' (all of it is within 2 %, of an
-    accuracy half a point), or 'undecided' (neither, or fewer than 8 pairs)."""
+    """'equal' (the whole interval is within 2 %, or half a point of accuracy), else 'better' or 'worse' (it
+    lies on that side of zero), else 'undecided'; with fewer than 8 pairs always 'undecided'."""
     if n < MIN_PAIRS or not math.isfinite(high - low): return 'undecided'
     rope, higher_is_better = ROPE[kind_of(metric)], kind_of(metric) == 'accuracy'
     if -rope < low and high < rope: return 'equal'
@@ -115,9 +114,7 @@ def _relative(dataset: str, quantity: str, n: int, *ratio: float) -> dict[str, A
 
 def _speed(evidence: Evidence) -> Iterator[dict[str, Any]]:
     main = select(evidence.main, arm=['wib_relu', 'relu'])
-    train = main.epochs[main.epochs['split'] == 'train'].merge(main.runs[['key', 'dataset', 'arm']], on='key')
-    clock = train.groupby(['dataset', 'arm'])['seconds'].median().to_dict()
-    for row in speed_differences(main, rivals=['relu'], epoch_seconds=clock).itertuples():
+    for row in speed_differences(main, rivals=['relu'], pace=committed_pace()).itertuples():
         yield _relative(row.dataset, 'epochs', row.n, row.ratio, row.low, row.high)
         yield _relative(row.dataset, 'seconds', row.n, row.seconds_ratio, row.seconds_low, row.seconds_high)
 
@@ -128,13 +125,12 @@ def _own_rate(evidence: Evidence) -> Iterator[dict[str, Any]]:
         yield from (dict(row._asdict(), quantity='own rate') for row in rows if row.rival == 'relu')
 
 def against_relu(
-    results:Results, # of `sweep.load_results`
-    setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
+    results:Results, # from `sweep.load_results`, of which the runs in the `main_setting` count
 ) -> pd.DataFrame:
-    """A row a data set and quantity: n (pairs of seeds), WIB-ReLU's effect with its 95 % interval (relative;
-    of an accuracy the difference), claimed (whether the interval reaches what the abstract promises), and
-    state, of `state_of`. No rows without a pair."""
-    evidence = Evidence(results, main_setting(results) if setting is None else setting)
+    """A row per data set and quantity: n (pairs of seeds), WIB-ReLU's effect with its 95 % interval (a
+    difference for an accuracy, else relative), claimed (whether the interval reaches what the abstract
+    promises), and state (see `state_of`). No rows without a pair."""
+    evidence = Evidence(results, main_setting(results))
     rows: list[dict[str, Any]] = []
     try:
         if {'wib_relu', 'relu'} <= set(select(evidence.main, status='finished').runs['arm']):
@@ -153,9 +149,9 @@ _WORDS = {name: dict(zip(('better', 'worse', 'equal', 'no better', 'undecided'),
                'trains no faster than ReLU', 'is not shown to train faster than ReLU'),
     'accuracy': ('ends more accurate', 'ends less accurate', 'ends about as accurate',
                  'ends no more accurate', 'is not shown to end more accurate'),
-    'loss': ('with a lower validation loss', 'with a higher validation loss',
-             'with about the same validation loss', 'with no lower validation loss',
-             'with a validation loss that is not shown to be lower'),
+    'loss': ('its validation loss is lower', 'its validation loss is higher',
+             'its validation loss is about the same', 'its validation loss is not lower',
+             'its validation loss is not shown to be lower'),
 }.items()}
 
 def _clause(states: dict[str, str], words: dict[str, str]) -> tuple[str, int]:
@@ -170,16 +166,11 @@ def _clause(states: dict[str, str], words: dict[str, str]) -> tuple[str, int]:
     left = f" (undecided on {where['undecided']})" if 'undecided' in found else ''
     return ' and '.join(said) + left, ('better' in found) - ('worse' in found)
 
-def _table(results: Results | pd.DataFrame, setting: Mapping[str, Any] | None) -> pd.DataFrame:
-    return results if isinstance(results, pd.DataFrame) else against_relu(results, setting)
-
 def headline(
-    results:Results | pd.DataFrame, # of `sweep.load_results`, or the table of `against_relu`
-    setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
+    table:pd.DataFrame, # of `against_relu`
 ) -> str:
     """The finding in one plain sentence: speed (epochs to the same training loss), accuracy and loss
     (validation, last epoch) of WIB-ReLU against ReLU, as `state_of` has them on each data set."""
-    table = _table(results, setting)
     table = table[table['quantity'].isin(list(_WORDS))]
     if table.empty: return 'These runs do not compare WIB-ReLU with ReLU: no seed has a finished run of both.'
     if (most := int(table['n'].max())) < MIN_PAIRS:
@@ -191,25 +182,16 @@ def headline(
     datasets = table['dataset'].unique()
     where = f'On {DATASET_LABELS[datasets[0]]}, ' if len(datasets) == 1 else ''
     joint = 'and' if speed_sign == accuracy_sign else 'but'
-    return f'{where}WIB-ReLU {speed} {joint} {accuracy}, {loss}.'
-
-def change(
-    row:Any, # of `against_relu`
-) -> str:
-    "A change as this package writes it: '+8.6 % (+3.3 to +14.2)', of an accuracy in points."
-    text = effect_in_words(row)
-    return text if math.isfinite(row.effect_low) else text.split(' (')[0]
+    return f'{where}WIB-ReLU {speed} {joint} {accuracy}; {loss}.'
 
 def numbers(
-    results:Results | pd.DataFrame, # of `sweep.load_results`, or the table of `against_relu`
-    setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
+    table:pd.DataFrame, # of `against_relu`
 ) -> str:
     "The sizes behind `headline` in one sentence; '' without a pair."
-    table = _table(results, setting)
     parts = []
     for quantity in _WORDS:
         rows = table[table['quantity'] == quantity].itertuples()
-        changes = ' and '.join(f'{change(row)} on {DATASET_LABELS[row.dataset]}' for row in rows)
+        changes = ' and '.join(f'{effect_in_words(row)} on {DATASET_LABELS[row.dataset]}' for row in rows)
         if changes: parts.append(f'{QUANTITIES[quantity]} {changes}')
     if not parts: return ''
     n = table.loc[table['quantity'].isin(list(_WORDS)), 'n']
@@ -231,12 +213,12 @@ WHAT_IS_PROMISED = (
     Promise('5 % more accuracy', 'accuracy',
             'The interval reaches 5 points (or 5 %) and lies above half a point on both data sets; in part: '
             'above half a point on one.'),
-    Promise('fast convergence', 'epochs',
+    Promise('fast convergence (implied)', 'epochs',
             'The interval lies below zero on both data sets; in part: on one.'),
     Promise('fast by the clock (our addition)', 'seconds',
             'The interval lies below zero on both data sets; in part: on one.'),
 )
-TOO_SMALL = 'A change whose whole interval lies within 2 %, of an accuracy half a point, counts as none.'
+TOO_SMALL = 'A change whose whole interval lies within 2 % (accuracy: half a point) counts as no change.'
 
 def _keeps(row: Any) -> tuple[Test, Test]:
     "Whether a row of `against_relu` keeps its promise, and whether it keeps a part; None: undecided."
@@ -248,18 +230,17 @@ def _keeps(row: Any) -> tuple[Test, Test]:
     return (beyond or None) if row.claimed else False, beyond
 
 def promises(
-    results:Results | pd.DataFrame, # of `sweep.load_results`, or the table of `against_relu`
-    setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
+    table:pd.DataFrame, # of `against_relu`
 ) -> pd.DataFrame:
-    """A row a promise, as text: what is promised, the verdict, the change from ReLU to WIB-ReLU on each data
-    set, of which quantity, and when it holds."""
-    rows, table = [], _table(results, setting)
+    """A row per promise, as text: what is promised, the verdict, the change from ReLU to WIB-ReLU on each
+    data set, the quantity that is measured, and when the promise holds."""
+    rows = []
     for promise in WHAT_IS_PROMISED:
         found = {row.dataset: row for row in table.itertuples() if row.quantity == promise.quantity}
         whole, part = zip(*map(_keeps, found.values()), strict=True) if found else ((), ())
         verdict = grade(*whole, part=some(part)) if len(found) == len(DATASETS) else VERDICTS[-1]
         cells = {DATASET_LABELS[name]: 'not run' for name in DATASETS}
-        cells |= {DATASET_LABELS[name]: change(row) for name, row in found.items()}
+        cells |= {DATASET_LABELS[name]: effect_in_words(row) for name, row in found.items()}
         rows.append({'the paper promises': promise.text, 'verdict': verdict, **cells,
                      'measured by': QUANTITIES[promise.quantity], 'holds if': promise.rule})
     return pd.DataFrame(rows)
@@ -284,25 +265,43 @@ _PLURAL = dict(zip(VERDICTS, ('hold', 'hold in part', 'are undecided', 'do not h
                    strict=True))
 
 def mark(
-    verdicts:pd.DataFrame, # of `judge`
+    verdicts:pd.DataFrame, # from `judge`
 ) -> str:
-    """'[Re]', '[¬Re]' or what lies between, as journals of reproductions write before a title: by the worse
-    verdict on the two sizes that the abstract promises."""
+    """'[Re]', '[¬Re]' or a mark in between, as journals of reproductions put before a title. It follows the
+    worse verdict on the two sizes that the abstract promises."""
     return _MARKS[_worst(verdicts)][0]
 
 def explain_mark(
-    verdicts:pd.DataFrame, # of `judge`
+    verdicts:pd.DataFrame, # from `judge`
 ) -> str:
     "What the mark means, in a sentence."
     sign, words, why = _MARKS[_worst(verdicts)]
-    return f'{sign} means {words}: of the 20 % less loss and 5 % more accuracy in the abstract, {why}.'
+    return f'{sign} means {words}: the abstract promises 20 % less loss and 5 % more accuracy; {why}.'
+
+def marks_by_choice(
+    worlds:pd.DataFrame, # from `robustness`
+) -> str:
+    "The mark in each setting, and by reading of Eq. 8 in the setting that suits it best, in a sentence."
+    usual = worlds[worlds['claim'].isin(PROMISES) & (worlds['threshold'] == 1) & (worlds['at'] == 'last')]
+    def marks(rows: pd.DataFrame, choice: str) -> str:
+        verdicts = rows.groupby([choice, 'claim'], sort=False)['verdict']
+        best = verdicts.agg(lambda x: min(x, key=VERDICTS.index)).groupby(choice, sort=False)
+        worst = best.agg(lambda x: max(x, key=VERDICTS.index))
+        return '; '.join(f"{_MARKS[verdict][0]} with {', '.join(map(_choice_name, same.index))}"
+                         for verdict, same in worst.groupby(worst, sort=False))
+    return (f"By setting the mark is {marks(usual[usual['reading'] == READINGS[0]], 'setting')}. "
+            f"By reading of Eq. 8 it is {marks(usual, 'reading')}.")
+
+def _choice_name(choice: str) -> str:
+    if choice == READINGS[0]: return 'a constant'
+    return label(choice).removeprefix('WIB-ReLU, ') if choice in ARM_STYLE else choice
 
 def _worst(verdicts: pd.DataFrame) -> str:
     found = set(verdicts.loc[verdicts['id'].isin(PROMISES), 'verdict']) or {VERDICTS[-1]}
     return max(found, key=VERDICTS.index)
 
 def count_verdicts(
-    verdicts:pd.DataFrame, # of `judge`
+    verdicts:pd.DataFrame, # from `judge`
 ) -> str:
     "How many claims have which verdict."
     counts = verdicts['verdict'].value_counts()
@@ -312,7 +311,7 @@ def count_verdicts(
 FRESH_SEED = 10  # that of the second round, whose criteria are older than its runs
 
 def provenance(
-    results:Results, # of `sweep.load_results`
+    results:Results, # from `sweep.load_results`
 ) -> str:
     "How many runs of what, for how long, and where; and whether their seeds can be evidence."
     runs = results.runs
@@ -327,15 +326,15 @@ def provenance(
             f'torch {torch}.')
     if runs['sample'].all() or runs['seed'].min() >= FRESH_SEED: return said
     return (f'{said} Seeds below {FRESH_SEED} had been seen when settings and criteria were chosen, so these '
-            'runs are a rehearsal and no evidence; a second round is being made.')
+            'runs are a trial and no evidence; a second round of runs is in progress.')
 
 _NAMES = {**{arm: each.label for arm, each in ARM_STYLE.items()}, **DATASET_LABELS}
 _NAME = re.compile(rf"\b({'|'.join(sorted(_NAMES, key=len, reverse=True))})\b")
 
 def reason(
-    why:str, # of `judge`
+    why:str, # the text from `judge`
 ) -> str:
-    "Why a verdict is what it is, as a sentence: names as they are read, not as they are typed."
+    "Why a verdict is what it is, as a sentence, with labels in place of the names in the code."
     text = why.replace('`', '').replace(' to inf', ' on').replace('lr=', 'learning rate ')
     text = re.sub(r'recorded with \S+', 'recorded layer by layer', text)
     text = re.sub(r'runs with \w+=.*', 'runs in this setting', text)
@@ -344,7 +343,7 @@ def reason(
     return text[:1].upper() + text[1:] + '.'
 
 def measured(
-    row:Any, # of `judge`
+    row:Any, # a row from `judge`
 ) -> str:
     "The quantity of a claim, its value in its unit, and the 95 % interval."
     if not math.isfinite(row.value): return ''
@@ -357,25 +356,15 @@ def measured(
     interval = f' ({low} to {high})' if math.isfinite(row.low) else ''
     return f'{row.quantity[:1].upper()}{row.quantity[1:]}: {value}{unit}{interval}.'
 
-def verdict_table(
-    verdicts:pd.DataFrame, # of `judge`
-) -> pd.DataFrame:
-    """A row a claim, as text: its id and place, the paper's words, the verdict, in how many worlds it is the
-    same, and why."""
-    rows = [{'claim': row.id, 'place': row.place, 'the paper says': f'“{row.quote}”', 'verdict': row.verdict,
-             'the same': f'{row.worlds} worlds' if row.worlds else '', 'why': reason(row.why)}
-            for row in verdicts.itertuples()]
-    return pd.DataFrame(rows)
-
 # %% ../nbs/lib/report.ipynb #7b3d31d3
-UNIT = f'ReLU minus the mean that it has at the start: max(z, 0) − {EQ7_SHIFT:.3f}.'
+UNIT = f'ReLU minus the mean of its output before training: max(z, 0) − {EQ7_SHIFT:.3f}.'
 WORTH = 'A small sample shows that everything runs; it decides nothing about the paper.'
 
 def full_reproduction(
-    results:Results, # of `sweep.load_results`
+    results:Results, # from `sweep.load_results`
 ) -> Results | None:
-    """The committed full reproduction, to stand beside these runs; None where there is none, or where these
-    are its own."""
+    """The committed full reproduction, to compare these runs with; None if there is none, or if these runs
+    are the committed ones."""
     full = committed_results()
     if full is None or results.runs.empty: return full
     here, there = (each.epochs.set_index(['key', 'epoch', 'split'])['loss'].sort_index()
@@ -383,35 +372,36 @@ def full_reproduction(
     return None if here.equals(there) else full
 
 def terminal_summary(
-    results:Results, # of `sweep.load_results`
+    results:Results, # from `sweep.load_results`
     report:str | Path, # where the report is
-    setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
 ) -> str:
     "What ran, what it means, where the report is and what comes next, in about ten lines of 100 columns."
-    chosen, full = main_setting(results) if setting is None else setting, full_reproduction(results)
-    sample, judged = chosen.get('sample'), 'each sentence of the paper, judged'
-    lines = {'WIB-ReLU': UNIT, 'Ran': provenance(results), 'Found': headline(results, chosen)}
+    sample, full = main_setting(results)['sample'], full_reproduction(results)
+    lines = {'WIB-ReLU': UNIT, 'Ran': provenance(results), 'Found': headline(against_relu(results))}
     if sample: lines['Found'] += f' {WORTH}'
-    if full is not None: lines['Known'] = f'{headline(full)} ({len(full.runs)} committed runs, full data)'
+    if full is not None:
+        known = headline(against_relu(full))
+        lines['Known'] = f'{known} ({len(full.runs)} committed runs, full data)'
     lines['Report'] = f'{report} (open it in a browser)'
-    lines['Next'] = f'wib-nbdev claims {"" if sample else Path(report).parent}'.rstrip() + f': {judged}'
-    if sample: lines['Or'] = 'wib-nbdev reproduce --preset paper: all of it again on the full data, in hours'
+    store = '' if sample else f' {Path(report).parent}'
+    lines['Next'] = f'wib-nbdev claims{store}: each sentence of the paper, judged'
+    if sample: lines['Or'] = 'wib-nbdev reproduce --preset paper: everything on the full data; takes hours'
     return '\n'.join(textwrap.fill(text, 100, initial_indent=f'{name:10}', subsequent_indent=' ' * 10)
                      for name, text in lines.items())
 
 # %% ../nbs/lib/report.ipynb #bcd9db28
-_INK = '#010203' # stands for the page's own colour of text
+_INK = '#010203' # a colour that `_clean_svg` replaces by the page's text colour
 _PLAIN: list[Any] = ['default', {  # whatever style the caller has set
     'svg.fonttype': 'none', 'svg.hashsalt': 'wib_nbdev', 'path.simplify_threshold': 1.0,
     **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), _INK)}]
 _HEAD = re.compile(r'<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>', re.S)
 
 def as_svgs(
-    figure:Figure, # whose panels are shown apart; it is of no use after that
+    figure:Figure, # its panels become separate pictures; do not use it afterwards
     alt:str, # what it shows, in words
     prefix:str, # of the ids, another for each figure of a page
 ) -> list[Markup]:
-    "The panels of a figure as SVG elements to stand inside HTML, those of the validation first."
+    "The panels of a figure as SVG elements for an HTML page, those about validation first."
     figure.canvas.draw()
     figure.set_layout_engine('none')
     for text in figure.texts: text.set_visible(False)
@@ -446,8 +436,6 @@ NOTEBOOKS = {'variance': '01_variance', 'initializers': '02_initializers', 'mean
              'comparison': '07_comparison'}
 Inputs = Callable[[Evidence], dict[str, Any]] # the arguments of a figure; `MissingRuns` without their runs
 
-def _nothing(evidence: Evidence) -> dict[str, Any]: return {}
-
 def _curves(dataset: str) -> Inputs:
     def inputs(evidence: Evidence) -> dict[str, Any]:
         part = select(evidence.main, dataset=dataset, arm=list(PAPER_ARMS), status='finished')
@@ -458,13 +446,11 @@ def _curves(dataset: str) -> Inputs:
 def _layers(arm: str, **options: Any) -> Inputs:
     "The first recorded run of an arm on each data set."
     def inputs(evidence: Evidence) -> dict[str, Any]:
-        main, runs, none = select(evidence.main, arm=arm), {}, pd.DataFrame()
+        main, runs = select(evidence.main, arm=arm), {}
         layers = main.layers if options.get('definition', 'mean') in main.layers else main.layers[:0]
         recorded = main.runs[main.runs['key'].isin(layers['key'])].sort_values('seed')
         for dataset, key in recorded.groupby('dataset')['key'].first().sort_index(ascending=False).items():
-            frame = layers[layers['key'] == key]
-            run = RunResult(TrainConfig(), none, frame, none, {}, 'finished', {}, None)
-            runs[DATASET_LABELS[dataset]] = run
+            runs[DATASET_LABELS[dataset]] = layers[layers['key'] == key]
         if not runs: raise MissingRuns(f'runs of {label(arm)} that were recorded layer by layer')
         return dict(runs=runs, **options)
     return inputs
@@ -478,9 +464,6 @@ def _differences(evidence: Evidence) -> pd.DataFrame:
     if frame.empty: raise MissingRuns('two seeds or more of WIB-ReLU and of a rival')
     return frame
 
-def _forest(evidence: Evidence) -> dict[str, Any]:
-    return dict(differences=_differences(evidence), metrics=METRICS)
-
 def _speeds(evidence: Evidence) -> dict[str, Any]:
     _differences(evidence)
     return dict(results=select(evidence.main, arm=list(PAPER_ARMS)))
@@ -492,12 +475,12 @@ def _rates(evidence: Evidence) -> dict[str, Any]:
 
 # %% ../nbs/lib/report.ipynb #1e0a8b9d
 class Picture(NamedTuple):
-    "A figure: its name, its theme among those of the claims, what it shows, what makes it, and of what."
+    "A figure: its name, a theme of the claims, what it shows, the function that makes it, its arguments."
     name: str
     theme: str
     shows: str
     make: Callable[..., Figure]
-    inputs: Inputs = _nothing
+    inputs: Inputs = lambda evidence: {}
 
 PICTURES = (
     Picture('Fig. 2', 'signal', 'A network of three inputs, four hidden units and one output.', figure_2),
@@ -518,13 +501,13 @@ PICTURES = (
             figure_near_zero, _layers('wib_relu', definition='near_zero_bins_-0.35_0.7')),
     Picture('Fig. 11', 'layers', 'WIB-ReLU: each layer’s mean and spread.',
             figure_layers, _layers('wib_relu')),
-    Picture('Speed', 'training', 'Epochs to the same training loss, over each rival’s.',
+    Picture('Speed', 'training', 'Epochs to the same training loss, divided by each rival’s.',
             figure_speed, _speeds),
     Picture('Fig. 12', 'comparison', 'Learning curves on Fashion-MNIST.',
             figure_12, _curves('fashion_mnist')),
     Picture('Fig. 13', 'comparison', 'Learning curves on CIFAR-10.', figure_13, _curves('cifar10')),
     Picture('Differences', 'comparison', 'WIB-ReLU minus each rival at the last epoch.',
-            figure_forest, _forest),
+            figure_forest, lambda evidence: dict(differences=_differences(evidence), metrics=METRICS)),
     Picture('Rates', 'comparison', 'Held-out accuracy by learning rate.', figure_rates, _rates),
 )
 
@@ -552,7 +535,7 @@ _STARTS = {'The paper: Kaiming’s gain': ('Kaiming’s gain', EQ7_SHIFT),
            'PyTorch’s default weights': ('PyTorch’s default gain', EQ7_SHIFT)}
 
 def _measure(shift: float, gain: float, layers: list[int], **size: int) -> dict[str, Any]:
-    "Mean and second moment of real networks at some layers, a row a network."
+    "Mean and second moment of real networks at some layers, one row per network."
     generator = torch.Generator().manual_seed(0)
     frame = simulate_depth(lambda z: wib_relu(z, shift), gain, layers[-1], generator=generator, **size)
     frame = frame[frame['layer'].isin(layers)].assign(second=frame['mean']**2 + frame['std']**2)
@@ -573,12 +556,12 @@ def _explorable_data() -> dict[str, Any]:
                 named=dict(gain=_GAINS, shift={'Eq. 7': EQ7_SHIFT, 'centred': CENTRED_SHIFT}), **size)
 
 def explorable() -> Markup:
-    """The HTML of an element in which shift, gain, depth and activation can be moved, to stand in any page
-    that sets `color-scheme`."""
+    """An HTML element with sliders for shift, gain and depth and a menu of activations, for any page that
+    sets `color-scheme`."""
     return Markup(_TEMPLATES.get_template('explorable.html').render(data=_explorable_data()))
 
 def _script_digest(html: str) -> str:
-    "What names the one script of the explorable in a content security policy."
+    "The digest by which a content security policy allows the explorable's only script."
     script = html[html.index('<script>') + len('<script>'):html.rindex('</script>')]
     return f'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'
 
@@ -587,19 +570,15 @@ THEME_TITLES = dict(zip(THEMES, (
     'The promises', 'How signals spread through layers', 'Which initial weights are best',
     'Inside the network while it trains', 'How smoothly and how fast it trains',
     'WIB-ReLU against its four rivals'), strict=True))
-def _pair(own: Any, there: Any, sample: bool) -> tuple[Any, Any]:
-    """The verdict that counts and the one beside it, rows of `judge`. Where these runs are of the sample, the
-    full reproduction's counts."""
-    if not sample: return own, there
-    names = ('verdict', 'why', 'value', 'low', 'high', 'worlds')
-    return own._replace(**{name: getattr(there, name) for name in names}), own
+_JUDGEMENT = ('verdict', 'why', 'value', 'low', 'high', 'worlds')
 
 def _claims(judged: pd.DataFrame, full: pd.DataFrame, sample: bool) -> list[dict[str, Any]]:
-    "Each claim as the template takes it."
+    "Each claim as the template takes it; of a sample, the verdict of the full reproduction counts."
     known = {row.id: row for row in full.itertuples()}
     rows = []
     for own in judged.itertuples():
-        best, other = _pair(own, known.get(own.id, own), sample)
+        best, other = own, known.get(own.id, own)
+        if sample: best, other = own._replace(**{name: getattr(other, name) for name in _JUDGEMENT}), own
         differs = best.verdict != other.verdict
         rows.append(dict(best._asdict(), why=reason(best.why), measured=measured(best),
                          other=other.verdict if differs else '', other_why=reason(other.why)))
@@ -616,7 +595,7 @@ def _sections(evidence: Evidence, claims: list[dict[str, Any]]) -> list[dict[str
     return sections
 
 def _difference_table(evidence: Evidence) -> pd.DataFrame:
-    "As text. No p values where so few pairs cannot reach 0.05, whatever they show."
+    "The differences as text; without p values if there are too few pairs for p to reach 0.05."
     try: frame = _differences(evidence)
     except MissingRuns: return pd.DataFrame()
     states = [state_of(row.effect_low, row.effect_high, row.n, row.metric) for row in frame.itertuples()]
@@ -627,7 +606,7 @@ def _difference_table(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows).iloc[:, :None if frame['n'].min() >= MIN_PAIRS else -1]
 
 def _made_with(runs: pd.DataFrame) -> pd.DataFrame:
-    "What the runs say of where they were made, a row each."
+    "The machines and versions that made the runs, one row per property."
     names = ('processor', 'cpu_capability', 'machine', 'system', 'ran_on', 'threads', 'python', 'torch',
              'numpy', 'commit', 'results_version')
     found = {name: sorted(set(runs[name].dropna().astype(str)) - {''}) for name in names if name in runs}
@@ -638,7 +617,7 @@ def _trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]
     "How far the answer can be trusted, in sentences."
     n = table.loc[table['quantity'] == 'accuracy', 'n'].min() if len(table) else 0
     ran = f'{provenance(evidence.results)} The setting: {setting_in_words(evidence.setting)}.'
-    pairs = f"{n} pairs of seeds for each comparison; {MIN_PAIRS} are needed. {COVERS['seeds']}"
+    pairs = f"{n} pairs of seeds for each comparison; at least {MIN_PAIRS} are needed. {COVERS['seeds']}"
     counts = [re.findall(r'\d+', claim['worlds']) for claim in claims if claim['worlds']]
     firm = sum(same == of for same, of in counts)
     worlds = (f'{firm} of {len(counts)} verdicts are the same in every world. '
@@ -648,20 +627,23 @@ def _trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]
     return [ran, pairs, *[worlds] * bool(counts), *[WORTH] * bool(evidence.setting.get('sample'))]
 
 # %% ../nbs/lib/report.ipynb #54f3cf6f
-def _judged(results: Results, setting: Mapping[str, Any], committed: bool = False) -> pd.DataFrame:
-    "The verdicts on these runs; those that were committed with them, if they are whole."
+def judge_main(
+    results:Results, # of `sweep.load_results`
+    committed:bool=False, # take the verdicts that were committed with the results, if they are there
+) -> pd.DataFrame:
+    "`judge` in the settings of the plan, or in the setting of most runs if that is another."
     known = committed_verdicts().fillna({'worlds': ''})
     if committed and len(known) and set(JUDGED) <= set(known): return known
+    setting = main_setting(results)
     return judge(results, None if setting == MAIN else setting)
 
-def _page(
-    results: Results, setting: dict[str, Any], judged: pd.DataFrame, full: Results | None,
-) -> dict[str, Any]:
-    "What the template is filled with. Of runs on the sample, the first screen shows the full reproduction."
-    evidence, sample = Evidence(results, setting), bool(setting.get('sample'))
-    known = judged if full is None else _judged(full, main_setting(full), committed=True)
+def _page(results: Results, judged: pd.DataFrame, full: Results | None) -> dict[str, Any]:
+    "The values for the template. If the runs used the sample, its first screen has the full reproduction."
+    setting = main_setting(results)
+    evidence, sample = Evidence(results, setting), setting['sample']
+    known = judged if full is None else judge_main(full, committed=True)
     claims = _claims(judged, known, sample)
-    best, own = evidence, against_relu(results, setting)
+    best, own = evidence, against_relu(results)
     table = own
     if sample and full is not None: best, table = Evidence(full, main_setting(full)), against_relu(full)
     forest: list[Markup] = []
@@ -669,7 +651,8 @@ def _page(
     except MissingRuns: pass
     setups = results.runs.groupby(list(MAIN)).ngroups if len(results.runs) else 0
     return dict(
-        headline=headline(table), own=headline(own), full='' if full is None else headline(full),
+        headline=headline(table), own=headline(own),
+        full='' if full is None else headline(against_relu(full)),
         n_full=0 if full is None else len(full.runs), mark=explain_mark(pd.DataFrame(claims)),
         promises=promises(table).assign(own=promises(own)['verdict']).to_dict('records'), forest=forest,
         trust=_trust(best, table, claims), counts=count_verdicts(pd.DataFrame(claims)),
@@ -678,18 +661,15 @@ def _page(
         setting=setting_in_words(setting), provenance=provenance(results))
 
 def render(
-    results:Results, # of `sweep.load_results`
+    results:Results, # from `sweep.load_results`
     *,
-    setting:Mapping[str, Any] | None=None, # which runs count; `main_setting` if None
-    verdicts:pd.DataFrame | None=None, # of `judge`, where they are known
-    made:str='', # when, as the caller wants it said
+    verdicts:pd.DataFrame | None=None, # from `judge`, if already computed
+    made:str='', # the date and time to print
 ) -> str:
     "The report as one HTML page. The same arguments give the same page."
-    chosen = main_setting(results) if setting is None else dict(setting)
     full = full_reproduction(results)
-    committed = full is None and setting is None
-    judged = _judged(results, chosen, committed) if verdicts is None else verdicts
-    with style.context(_PLAIN): page = _page(results, chosen, judged, full)
+    judged = judge_main(results, committed=full is None) if verdicts is None else verdicts
+    with style.context(_PLAIN): page = _page(results, judged, full)
     links = dict(paper=PAPER, project=PROJECT, site=SITE)
     part = explorable()
     return _TEMPLATES.get_template('report.html').render(
@@ -697,7 +677,7 @@ def render(
         explorable=part, script_digest=_script_digest(part))
 
 def write_report(
-    results:Results, # of `sweep.load_results`
+    results:Results, # from `sweep.load_results`
     path:str | Path, # the file; its folder is made if need be
     **options:Any, # those of `render`
 ) -> Path:

@@ -7,8 +7,8 @@ __all__ = ['METRICS', 'PUBLISHED', 'CLAIMED', 'ROPE', 'MIN_PAIRS', 'SETTING', 'L
            'select', 'check_one_run_each', 'run_values', 'pivot', 'Interval', 't_interval', 'mean_interval',
            'sign_flip_p', 'seeds_needed', 'verdict', 'rope_posterior', 'compare_pairs', 'holm', 'compare_arms',
            'paired_differences', 'final_table', 'at_settings', 'common_loss', 'epochs_to_loss', 'fastest_settings',
-           'speed_differences', 'at_equal_loss', 'gap_interval', 'seeds_and_images', 'probability_in_words',
-           'effect_in_words', 'in_words']
+           'committed_pace', 'speed_differences', 'at_equal_loss', 'gap_interval', 'seeds_and_images',
+           'probability_in_words', 'effect_in_words', 'in_words']
 
 # %% ../nbs/lib/statistics.ipynb #d344184e
 import bisect
@@ -17,6 +17,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
+from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,15 +38,15 @@ MIN_PAIRS = 8  # with 7, an exact test of four rivals cannot reach 0.05 (Holm's 
 SETTING = ['optimizer', 'momentum', 'lr']  # plain SGD is not SGD with momentum
 
 def kind_of(metric:str) -> str:
-    "Of one of `METRICS`: 'loss' (nats, lower is better) or 'accuracy' (a share, higher is better)."
+    "The kind of a metric: 'loss' (nats, lower is better) or 'accuracy' (a share, higher is better)."
     return one_of(metric, METRICS, 'metric').split()[1]
 
 def _sign(metric: str) -> int: return 1 if kind_of(metric) == 'accuracy' else -1
 
 # %% ../nbs/lib/statistics.ipynb #c8b95563
 def select(
-    results:Results, # of `sweep.load_results`
-    **fields:Any, # a column of `runs` each: the value wanted, or a list of values
+    results:Results, # from `sweep.load_results`
+    **fields:Any, # for a column of `runs`: the value wanted, or a list of values
 ) -> Results:
     """The runs that have these values, with the column `arm`. `ValueError` for a name that is no column of
     `runs`."""
@@ -60,8 +61,8 @@ def select(
     return type(results)(runs, *frames)
 
 def check_one_run_each(runs:pd.DataFrame) -> None:
-    """`ValueError` if an arm has two runs at one seed, with what they differ in: two set-ups are not two
-    seeds."""
+    """`ValueError` if an arm has two runs with one seed on a data set. It names what they differ in: two
+    set-ups are not two seeds."""
     which = ['arm', 'dataset', 'seed']
     twice = runs[runs.duplicated(which, keep=False)]
     if twice.empty: return
@@ -78,7 +79,7 @@ def run_values(
     results:Results, # finished runs and diverged ones
     at:str='last', # the 'last' epoch, or each metric's own 'best' one
 ) -> pd.DataFrame:
-    """A row a run and metric: key, arm, dataset, seed, optimizer, momentum, lr, status, metric, value (nats
+    """A row per run and metric: key, arm, dataset, seed, optimizer, momentum, lr, status, metric, value (nats
     or a share; NaN if the run diverged)."""
     last = one_of(at, ('last', 'best'), 'at') == 'last'
     epochs = results.epochs.sort_values('epoch').groupby(['key', 'split'])
@@ -125,8 +126,8 @@ def t_interval(
 def mean_interval(
     values:Any, # (n,) independent values, such as one difference a seed
 ) -> Interval:
-    """The mean with a t interval, or from 20 values on a BCa bootstrap one; NaN ends for fewer than two
-    values."""
+    """The mean with a t interval (a BCa bootstrap interval if there are 20 values or more); NaN ends for
+    fewer than two values."""
     x = np.asarray(values, dtype=float)
     mean = float(x.mean()) if len(x) else math.nan
     if len(x) > 1 and np.ptp(x) <= 1e-12 * abs(x).max(): return Interval(mean, mean, mean)
@@ -141,7 +142,7 @@ def _sign_patterns(n: int) -> np.ndarray: return np.array(list(itertools.product
 def sign_flip_p(
     differences:Any, # (n,) one a seed
 ) -> float:
-    "Two-sided p of a mean of 0: the share of the sign patterns with a mean as far out; exact up to n = 14."
+    "Two-sided p for a mean of 0: share of sign patterns with a mean at least as far off; exact to n = 14."
     x = np.asarray(differences, dtype=float)
     if not len(x): return math.nan
     if len(x) == 1 or not x.any(): return 1.0
@@ -183,7 +184,7 @@ def verdict(
     return 'equivalent' if -rope < low and high < rope else 'undecided'
 
 def rope_posterior(
-    gains:Any, # (n,) differences in the direction that is better, of a loss its logarithms
+    gains:Any, # (n,) differences, positive where the arm is better; of the logarithms for a loss
     metric:str, # one of `METRICS`
 ) -> dict[str, float]:
     """Where the mean lies, given the values and a flat prior (Student's t): p_worse, p_equivalent and
@@ -209,20 +210,20 @@ def _columns(interval: Interval, name: str, prefix: str) -> dict[str, float]:
     return {name: interval.mean, f'{prefix}low': interval.low, f'{prefix}high': interval.high}
 
 def compare_pairs(
-    arm:Any, # (n,) values of the one; infinite where the run diverged
-    rival:Any, # (n,) values of the other, in the same order of seeds
+    arm:Any, # (n,) values of the arm, by seed; infinite where the run diverged
+    rival:Any, # (n,) values of the rival, in the same order of seeds
     metric:str, # one of `METRICS`
-    full:bool=True, # with wins and all that comes after it, which takes most of the time
+    full:bool=True, # whether to compute wins and the entries after it, which take most of the time
 ) -> dict[str, Any]:
     """Everything about a comparison of two arms over the same seeds. `COVERS` says what the intervals cover.
 
-    - n: pairs of finished runs, on which all means rest; diverged: others, which count in wins and p_fresh.
+    - n: pairs of finished runs, the basis of all means; diverged: the others, counted in wins and p_fresh.
     - difference (nats or a share), ratio (geometric mean), effect (ratio less 1 for a loss, the difference
       for an accuracy), each with its interval; verdict on the effect, 'undecided' below `MIN_PAIRS`.
     - p (exact sign flips), p_next (the next seed favours the arm; t predictive), seeds_needed, and what
-      `rope_posterior` gives: of the logarithms of a loss, of an accuracy as it is.
-    - wins: the share of seeds at which the arm is better, with its exact interval; p_fresh: the share of all
-      combinations of a run of the one and a run of the other, whatever their seeds, a tie counting half.
+      `rope_posterior` gives: from the logarithms of a loss, or from an accuracy itself.
+    - wins: the share of seeds at which the arm is better, with its exact interval; p_fresh: the same
+      share among all combinations of a run of the arm and a run of the rival; a tie counts half.
     """
     a, b = (_sign(metric) * np.asarray(x, dtype=float) for x in (arm, rival))
     won, pairs, whole = int((a > b).sum()), len(a), np.isfinite(a) & np.isfinite(b)
@@ -254,17 +255,17 @@ def holm(p:pd.Series) -> pd.Series:
     return pd.Series(adjusted, p.index)
 
 def compare_arms(
-    wide:pd.DataFrame, # of `pivot`
-    arm:str='wib_relu', # what is compared
-    rivals:Sequence[str]=RIVALS, # with what
-    metrics:Sequence[str]=METRICS, # in what
+    wide:pd.DataFrame, # from `pivot`
+    arm:str='wib_relu', # the arm to compare
+    rivals:Sequence[str]=RIVALS, # the arms to compare it with
+    metrics:Sequence[str]=METRICS, # the metrics to compare
     full:bool=True, # with all entries of `compare_pairs`
 ) -> pd.DataFrame:
-    """A row a data set (Fashion-MNIST first, as in the paper), metric and rival: lost (seeds that only one of
-    the two was run at), the entries of `compare_pairs`, and p_holm (a family: the rivals in one metric on one
+    """A row per data set (Fashion-MNIST first, as in the paper), metric and rival: lost (seeds that only one
+    of the two has), the entries of `compare_pairs`, and p_holm (a family: the rivals in one metric on one
     data set)."""
     there = sorted(set(wide.columns.get_level_values('arm')))
-    if arm not in there: raise ValueError(f"arm={arm!r}: has no runs; there are {', '.join(there)}")
+    if arm not in there: raise ValueError(f"arm={arm!r}: has no runs; must be one of {', '.join(there)}")
     rows = []
     for dataset in sorted(wide.index.unique('dataset'), reverse=True):
         part = wide.loc[dataset]
@@ -281,10 +282,10 @@ def compare_arms(
     return pd.DataFrame(rows)
 
 def paired_differences(
-    results:Results, # one run an arm, data set and seed; see `select`
-    arm:str='wib_relu', # what is compared
-    rivals:Sequence[str]=RIVALS, # with what
-    metrics:Sequence[str]=METRICS, # in what
+    results:Results, # one run per arm, data set and seed; see `select`
+    arm:str='wib_relu', # the arm to compare
+    rivals:Sequence[str]=RIVALS, # the arms to compare it with
+    metrics:Sequence[str]=METRICS, # the metrics to compare
     *,
     at:str='last', # the 'last' epoch, or each metric's own 'best' one
 ) -> pd.DataFrame:
@@ -311,8 +312,8 @@ def at_settings(results:Results, chosen:pd.DataFrame) -> Results:
 
 # %% ../nbs/lib/statistics.ipynb #4e938421
 def common_loss(results:Results, arms:Collection[str]=PAPER_ARMS) -> dict[str, float]:
-    """By data set, the lowest training loss (nats) that all finished runs of each arm reach, at its best
-    setting."""
+    """For each data set, the lowest training loss (nats) that every arm reaches, in all finished runs of its
+    best setting."""
     runs = select(results, arm=list(arms), status='finished').runs
     lowest = results.epochs[results.epochs['split'] == 'train'].groupby('key')['loss'].min()
     reached = runs.assign(loss=runs['key'].map(lowest)).groupby(['dataset', 'arm', *SETTING])['loss'].max()
@@ -346,17 +347,22 @@ def fastest_settings(results:Results, targets:Mapping[str, float]) -> pd.DataFra
     mean = groups.agg(lambda epochs: epochs.mean(skipna=False)).dropna()
     return mean.loc[mean.groupby(['dataset', 'arm']).idxmin()].reset_index()
 
+def committed_pace() -> pd.DataFrame:
+    "Seconds of an epoch by dataset, turn and arm, as `benchmarks/pace.py` measured them on one machine."
+    return pd.read_csv(str(resources.files('wib_nbdev') / 'results' / 'pace.csv'))
+
 def speed_differences(
-    results:Results, # one run an arm, data set and seed
-    arm:str='wib_relu', # what is compared
-    rivals:Sequence[str]=RIVALS, # with what
+    results:Results, # one run per arm, data set and seed
+    arm:str='wib_relu', # the arm to compare
+    rivals:Sequence[str]=RIVALS, # the arms to compare it with
     *,
     targets:Mapping[str, float] | None=None, # by data set, the training loss to reach; `common_loss` if None
-    epoch_seconds:Mapping[tuple[str, str], float] | None=None, # by (dataset, arm), from `benchmarks/`
+    pace:pd.DataFrame | None=None, # from `committed_pace`
 ) -> pd.DataFrame:
     """Epochs to the same training loss: dataset, rival, target, n (pairs), missed (seeds at which one of the
     two never gets there), arm_epochs, rival_epochs, ratio (geometric mean; below 1 the arm is faster), low,
-    high. With `epoch_seconds` also arm_seconds, rival_seconds and seconds_ratio with its interval."""
+    high. With `pace` also arm_seconds, rival_seconds and seconds_ratio, whose interval covers the scatter of
+    the epochs over seeds and that of the benchmark over turns."""
     targets = common_loss(results, (arm, *rivals)) if targets is None else targets
     runs = epochs_to_loss(results, targets)
     check_one_run_each(runs)
@@ -364,26 +370,33 @@ def speed_differences(
     for dataset, rival in itertools.product(sorted(targets, reverse=True), rivals):
         part = runs[(runs['dataset'] == dataset) & runs['arm'].isin([arm, rival])]
         both = part.pivot(index='seed', columns='arm', values='epochs').reindex(columns=[arm, rival]).dropna()
-        ratio = Interval(*np.exp(mean_interval(np.log(both[arm]) - np.log(both[rival]))))
+        log_ratio = mean_interval(np.log(both[arm]) - np.log(both[rival]))
+        ratio = Interval(*np.exp(log_ratio))
         row = dict(dataset=dataset, rival=rival, target=targets[dataset], n=len(both),
                    missed=part['seed'].nunique() - len(both), arm_epochs=both[arm].mean(),
                    rival_epochs=both[rival].mean(), **_columns(ratio, 'ratio', ''))
-        if epoch_seconds:
-            one, other = epoch_seconds[dataset, arm], epoch_seconds[dataset, rival]
-            seconds = Interval(*(end * one / other for end in ratio))
-            row |= dict(arm_seconds=row['arm_epochs'] * one, rival_seconds=row['rival_epochs'] * other,
+        if pace is not None:
+            turns = pace[pace['dataset'] == dataset].pivot(index='turn', columns='arm', values='seconds')
+            turns = turns.reindex(columns=[arm, rival])
+            cost = mean_interval(np.log(turns[arm]) - np.log(turns[rival]))
+            mean, parts = log_ratio.mean + cost.mean, (log_ratio, cost)
+            below = math.hypot(*(part.mean - part.low for part in parts))
+            above = math.hypot(*(part.high - part.mean for part in parts))
+            seconds = Interval(*np.exp([mean, mean - below, mean + above]))
+            row |= dict(arm_seconds=row['arm_epochs'] * turns[arm].median(),
+                        rival_seconds=row['rival_epochs'] * turns[rival].median(),
                         **_columns(seconds, 'seconds_ratio', 'seconds_'))
         rows.append(row)
     return pd.DataFrame(rows)
 
 def at_equal_loss(
-    results:Results, # one run an arm, data set and seed
-    arm:str='wib_relu', # what is compared
-    rivals:Sequence[str]=RIVALS, # with what
+    results:Results, # one run per arm, data set and seed
+    arm:str='wib_relu', # the arm to compare
+    rivals:Sequence[str]=RIVALS, # the arms to compare it with
     targets:Mapping[str, float] | None=None, # by data set, the training loss to reach; `common_loss` if None
 ) -> pd.DataFrame:
-    """`compare_arms` of the validation where each run's training loss first comes down to the target, linear
-    between the ends of epochs: what an arm gains beyond training faster."""
+    """`compare_arms` for validation loss and accuracy at the point where a run's training loss first reaches
+    the target (linear between the ends of epochs): what an arm gains beyond training faster."""
     targets = common_loss(results, (arm, *rivals)) if targets is None else targets
     runs = epochs_to_loss(results, targets).dropna(subset='epochs')
     check_one_run_each(runs)
@@ -414,9 +427,9 @@ def _right(bits: bytes, accuracy: float) -> np.ndarray:
     return right[:round(right.sum() / accuracy)]
 
 def seeds_and_images(
-    results:Results, # one run an arm, data set and seed, with `correct`
-    arm:str='wib_relu', # what is compared
-    rivals:Sequence[str]=RIVALS, # with what
+    results:Results, # one run per arm, data set and seed, with `correct`
+    arm:str='wib_relu', # the arm to compare
+    rivals:Sequence[str]=RIVALS, # the arms to compare it with
 ) -> pd.DataFrame:
     """Differences of the last validation accuracy: dataset, rival, n (seeds, two at least), n_images,
     difference, its interval over seeds (low, high) and over seeds and test images (images_low,
@@ -445,7 +458,7 @@ COVERS = {  # what an interval or a probability covers, and what it leaves out
     'images': 'The interval covers the choice of seeds and of test images; it leaves out other training '
               'images, other settings and other networks.',
     'wins': 'The exact interval covers the choice of seeds; it leaves out by how much each is won.',
-    'posterior': 'The probability is given these runs, normal differences and a flat prior; it leaves out '
+    'posterior': 'The probability assumes these runs, normal differences and a flat prior; it leaves out '
                  'what the interval over seeds leaves out.',
     'speed': 'The interval covers the choice of seeds; it leaves out how the target, or the fastest setting, '
              'was chosen, and takes the seconds of an epoch as known.',
@@ -456,10 +469,10 @@ def probability_in_words(p:float) -> str:
     return 'below 0.1 %' if p < 0.001 else 'above 99.9 %' if p > 0.999 else f'{100 * p:.1f} %'
 
 def effect_in_words(row:Any) -> str:
-    "The effect and interval of a row of `compare_arms`: of a loss in percent, of an accuracy in points."
+    "The effect and interval of a row of `compare_arms`: a loss in percent, an accuracy in points."
     unit, digits = ('%', 1) if kind_of(row.metric) == 'loss' else ('points', 2)
     mean, low, high = (f'{100 * end:+.{digits}f}' for end in (row.effect, row.effect_low, row.effect_high))
-    return f'{mean} {unit} ({low} to {high})'
+    return f'{mean} {unit} ({low} to {high})' if math.isfinite(row.effect_low) else f'{mean} {unit}'
 
 def in_words(row:Any) -> str:
     "A row of `compare_arms`: the effect, its verdict, the seeds won, and where the mean lies against `ROPE`."
@@ -470,4 +483,4 @@ def in_words(row:Any) -> str:
             f'{effect_in_words(row)} over {row.n} pairs{diverged}; {row.verdict}, '
             f'ahead at {row.wins:.0%} of the seeds. Probability of a mean difference within {rope}: '
             f'{probability_in_words(row.p_equivalent)}; '
-            f'of one better by {claimed}: {probability_in_words(row.p_claimed)}.')
+            f'of a gain of {claimed} or more: {probability_in_words(row.p_claimed)}.')

@@ -107,7 +107,7 @@ def label_ends(
     wanted = (ax.transData - ax.transAxes).transform([end[:2] for end in ends.values()])[:, 1]
     order = np.argsort(wanted, kind='stable')
     steps = min(0.085, 1 / len(ends)) * np.arange(len(ends))
-    # Less the steps, the heights must not fall: an isotonic regression, the least squares that allow for it.
+    # Minus the steps, the heights must not fall: isotonic regression finds the nearest such heights.
     heights = isotonic_regression(wanted[order] - steps).x + steps
     for height, place in zip(heights.clip(steps, 1 - steps[::-1]), order, strict=True):
         text, (x, y, shade) = list(ends.items())[place]

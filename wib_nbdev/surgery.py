@@ -48,11 +48,11 @@ def _functions_of(old: type[nn.Module]) -> dict[Any, str]:
     return {getattr(place, name): name for place, name in places if hasattr(place, name)}
 
 def _check_model(model: Any) -> None:
-    "`TypeError` for what is no module, `ValueError` for one that is compiled or scripted."
+    "`TypeError` for anything but a module, `ValueError` for one that is compiled or scripted."
     if not isinstance(model, nn.Module): raise TypeError(f'model={model!r:.80}: must be an nn.Module')
     for name, part in model.named_modules():
         if hasattr(part, '_orig_mod') or part._compiled_call_impl or isinstance(part, torch.jit.ScriptModule):
-            raise ValueError(f"model: {name or 'it'} is compiled or scripted: give the Python module")
+            raise ValueError(f"model: {name or 'it'} is compiled or scripted: pass the original module")
 
 def _has_hooks(part: nn.Module) -> bool:
     hooks = [key for key in vars(part) if key.endswith('_hooks') and 'state_dict' not in key]
@@ -64,7 +64,7 @@ class _Site(NamedTuple):
     number: int  # of the call, among those of the method
     text: str  # the call as it was written
     target: str  # what is called in its place: an attribute of the module, such as 'relu_1'
-    inplace: bool  # whether the name that the call wrote over is assigned the result
+    inplace: bool  # whether the result is assigned to the variable that the call overwrote
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
     "A code, and the codes of what is defined inside of it."
@@ -80,7 +80,7 @@ def _code(tree: ast.Module, fn: Any) -> CodeType | None:
 
 @lru_cache(maxsize=256)
 def _tree(fn: Any) -> tuple[ast.Module, ast.FunctionDef]:
-    "The syntax tree of a method's file, and the method in it. `ValueError` if there is none, or another."
+    "The syntax tree of a method's file, and the method in it. `ValueError` if it is not what runs."
     try: tree = ast.parse(''.join(inspect.findsource(fn)[0]))
     except (OSError, TypeError, SyntaxError): raise ValueError(f'{fn.__qualname__} has no source') from None
     for node in ast.walk(tree):
@@ -99,7 +99,7 @@ def _look_up(node: ast.expr, names: dict[str, Any]) -> Any:
     except Exception: return None
 
 def _argument(call: ast.Call) -> ast.expr | None:
-    "What a call is given, be it `F.relu(x)`, `self.act(input=x)` or `x.relu()`."
+    "The argument of a call such as `F.relu(x)`, `self.act(input=x)` or `x.relu()`."
     if call.args: return None if isinstance(call.args[0], ast.Starred) else call.args[0]
     if call.keywords: return next((each.value for each in call.keywords if each.arg in ('input', 'x')), None)
     return call.func.value if isinstance(call.func, ast.Attribute) else None
@@ -146,13 +146,13 @@ def _find_calls(
         elif is_function: name = functions[called]
         elif not _is_method(call, functions, names): continue
         if _argument(call) is None: continue
-        if inplace is None: raise ValueError(f'only running {ast.unparse(call)} shows if it is in place')
+        if inplace is None: raise ValueError(f'only a run of {ast.unparse(call)} shows if it is in place')
         site = _Site(method, number, ast.unparse(call), '', inplace or (name.endswith('_') and not path))
         found.append(_Found(call, path, name, site))
     return sorted(found, key=lambda each: (each.node.lineno, -len(each.site.text)))
 
 def _exclude(first: ast.Call, second: ast.Call, fn: Any) -> bool:
-    "Whether of two calls in a method, in order, only one is run: they stand in branches of one choice."
+    "Whether only one of two calls in a method is run: they are in different branches. `first` comes first."
     for choice in ast.walk(_tree(inspect.unwrap(fn))[1]):
         if not isinstance(choice, (ast.If, ast.IfExp, ast.Match)): continue
         parts: list[Any] = choice.cases if isinstance(choice, ast.Match) else [choice.body, choice.orelse]
@@ -166,7 +166,7 @@ def _exclude(first: ast.Call, second: ast.Call, fn: Any) -> bool:
 
 # %% ../nbs/lib/surgery.ipynb #f55e8919
 class _Rewriter(ast.NodeTransformer):
-    "Puts other calls in the place of some of a method."
+    "Replaces some of the calls in a method by others."
     def __init__(self, node: ast.FunctionDef, sites: Iterable[_Site]) -> None:
         calls, self.sites = _calls(node), dict[ast.Call, _Site]()
         self.owner = [*node.args.posonlyargs, *node.args.args][0].arg
@@ -208,8 +208,8 @@ def _rewritten(fn: Any, sites: tuple[_Site, ...]) -> Any:
     return new
 
 def _methods(kind: type) -> dict[str, Any]:
-    """The methods that a class and its bases write, without those of torch and those that Python calls by
-    itself."""
+    """The methods that a class and its bases define, except those of torch and special methods such as
+    `__init__`."""
     kinds = [each for each in reversed(kind.__mro__) if not each.__module__.startswith('torch.')]
     members = {name: value for each in kinds for name, value in vars(each).items()}
     return {name: value for name, value in members.items()
@@ -234,12 +234,13 @@ def _blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
 # %% ../nbs/lib/surgery.ipynb #930768c1
 _Rows = list[dict[str, Any]]
 _FUSED = 'is a fused kernel: use a network of cells that call an activation module'
-_NOT_REWRITTEN = 'is not rewritten: see swap_activations; or a property, super(), a function passed on'
+_NOT_REWRITTEN = ('is not rewritten: see the report of swap_activations; calls in a property, by super() or '
+                  'of a function that is passed on are not found')
 _NO_CHILD = 'is no child of the model: made in a forward, or kept in a list'
-_OVER_CHILDREN = 'its class runs over its children, where a new unit would be one: give the call a module'
+_OVER_CHILDREN = 'its class runs over its children and would run a new unit too: make the call a module'
 
 def _row(name: str, old: str, note: str = '', source: str = '', place: Any = None) -> dict[str, Any]:
-    "A row of a swap's report. `place`: the module and the name at which a unit is to stand, if one is."
+    "A row of a swap's report. `place`: the module and attribute that get a unit, if one is made."
     return dict(name=name.strip('.'), old=old, new='', swapped=False, note=note, source=source, place=place)
 
 def _plan_children(name: str, part: nn.Module, old: type[nn.Module], functions: dict[Any, str]) -> _Rows:
@@ -248,7 +249,7 @@ def _plan_children(name: str, part: nn.Module, old: type[nn.Module], functions: 
     rows = []
     for key, child in part._modules.items():
         if not isinstance(child, old): continue
-        why = '' if type(child) is old else f'is a subclass of {old.__name__}: name it as `old`'
+        why = '' if type(child) is old else f'is a subclass of {old.__name__}: pass it as `old`'
         if not why and _has_hooks(child): why = 'carries hooks: remove them first'
         note = why or 'was in place' * bool(getattr(child, 'inplace', False))
         rows.append(_row(f'{name}.{key}', type(child).__name__, note, place=None if why else (part, key)))
@@ -335,33 +336,33 @@ def _put(row: dict[str, Any], unit: nn.Module, model: nn.Module) -> None:
     if isinstance(part, nn.TransformerEncoderLayer): part.activation_relu_or_gelu = 0  # no fast path
 
 def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any = WIBReLU) -> pd.DataFrame:
-    """Replace an activation wherever a model uses it, with a unit of its own for each place.
+    """Replace an activation wherever a model uses it, by a separate module (unit) at each place.
 
     Modules, functions (`F.relu(x)`, `x.relu_()`) and further calls of one module are replaced, in every
     method of the classes that the model is made of; a clamp at zero is not taken for a ReLU. Parameters stay
-    the same objects. Swap before training: a trained network without its means is another function.
+    the same objects. Swap before training: a trained network computes something else without its means.
 
     Parameters
     ----------
     model : nn.Module
         Changed in place. It can be copied, pickled, compiled and exported afterwards, but not scripted.
     old : type
-        The class of modules to replace, such as `nn.GELU`; calls of its function go with it.
+        The class of modules to replace, such as `nn.GELU`; calls of its function are replaced too.
     new : callable or str
-        What returns a new module at each call, such as `WIBReLU` or `lambda: ZeroMean(F.silu)`; or a name of
-        `activations.ACTIVATIONS`.
+        A function that returns a new module at each call, such as `WIBReLU` or `lambda: ZeroMean(F.silu)`, or
+        a name in `activations.ACTIVATIONS`.
 
     Returns
     -------
     DataFrame
-        A row a place: name, old, new, swapped, note (why it was not, or what is to be known), source (the
-        line of a call). What cannot be seen without running, such as a helper function outside of the
-        classes, is a row of `calibrate` and `diagnose`.
+        A row per place: name, old, new, swapped, note (why it was not swapped, or what you should know),
+        source (the line of a call). What cannot be seen without running, such as a helper function outside
+        the classes, is listed by `calibrate` and `diagnose`.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong, or if there is nothing to swap; the model is then as it was.
+        If an argument is wrong, or if there is nothing to swap; the model is then unchanged.
 
     Examples
     --------
@@ -433,7 +434,7 @@ def _tensors(*trees: Any) -> list[Tensor]:
 def _version(tensor: Tensor) -> int: return 0 if tensor.is_inference() else tensor._version
 
 class _Kernels(TorchDispatchMode):
-    "Shows a watch the ReLUs that no function of torch shows: those in TorchScript."
+    "Reports to a watch the ReLUs that are no call of a torch function: those in TorchScript."
     def __init__(self, watch: Any) -> None:
         super().__init__()
         self.watch = watch
@@ -457,20 +458,20 @@ class _Watch(TorchFunctionMode):
                 self.owners[id(tensor)].append(module)
 
     def before(self, call: _Call, x: Tensor) -> Tensor | None:
-        "Sees what an activation is given; what is returned goes to a module in its place."
+        "Called with the input of an activation; a tensor that it returns replaces the input of a module."
 
     def after(self, call: _Call, output: Tensor) -> None:
-        "Sees what an activation puts out: here, keeps mean and rms."
+        "Called with the output of an activation: here, keeps its mean and rms."
         self.marks.append(torch.stack([output.mean(), output.square().mean().sqrt()]))
 
     def value(self, tensor: Tensor) -> _Value: return self.values.setdefault(tensor, _Value())
 
     def read(self, name: str, *trees: Any) -> None:
-        "Notes that tensors are read by what is no step."
+        "Notes that tensors are read by something that is no step, such as a hook."
         for tensor in _tensors(*trees): self.value(tensor).readers.append(_Step(name, [], []))
 
     def run(self, batch: Any) -> list[Tensor]:
-        "Runs the model once; the tensors that it puts out."
+        "Runs the model once; returns its output tensors."
         self.values: Any = WeakTensorKeyDictionary()
         self.calls: dict[Any, list[_Step]] = defaultdict(list)  # of each activation
         self.written: list[tuple[Any, _Value, int]] = []  # units that were in place, their input, its readers
@@ -527,7 +528,7 @@ class _Watch(TorchFunctionMode):
         else: output = self.activation(self.place(_ACTIVATIONS[func], sys._getframe(1)), given[0], run)
         changed = [each for each, version in zip(given, versions, strict=True) if _version(each) != version]
         made = [tensor for tensor in _tensors(output) if not any(tensor is each for each in given)]
-        if made or changed or func.__name__ in _READS:  # else it hands on what it got, or asks for a shape
+        if made or changed or func.__name__ in _READS:  # else it only passes a tensor on, or reads a shape
             self.note(func, args, kwargs or {}, [self.value(tensor) for tensor in given], [*made, *changed])
         return output
 
@@ -560,7 +561,7 @@ class _Watch(TorchFunctionMode):
         return _Call(self.names.get(owner, ''), kind, None, note, source)
 
     def owner(self, step: _Step, tensor: Tensor | None) -> nn.Module:
-        "The module that alone has a parameter, which this step alone reads; else `ValueError`."
+        "The only module with a parameter, if only this step reads it; else `ValueError`."
         if tensor is None: raise ValueError(f'{step.name} has no parameters')
         if len(self.owners.get(id(tensor), ())) != 1:
             raise ValueError(f'the parameters of {step.name} are shared, or computed')
@@ -570,22 +571,22 @@ class _Watch(TorchFunctionMode):
         return module
 
     def overwritten(self, unit: nn.Module) -> str:
-        "A note if a unit was in place, and what it got is read again."
+        "A note if a unit was in place and its input is read again."
         again = any(each is unit and len(value.readers) > n for each, value, n in self.written)
-        return 'was in place: its input is read again, and no longer sees the activation' if again else ''
+        return 'was in place: its input is read again, now without the activation' if again else ''
 
 # %% ../nbs/lib/surgery.ipynb #6a44962d
 @contextmanager
 def _undisturbed(model: nn.Module, training: bool = True) -> Iterator[None]:
-    """For a look at a model on data: no gradients, dropout off, norms as the model has them or in evaluation.
-    Afterwards all that modules hold but parameters is what it was, and so are random number generators."""
+    """For a pass that only observes: no gradients, dropout off, norms in the model's mode or in evaluation
+    mode. Afterwards all modules (but not parameters) and random number generators are restored."""
     kept = [(part, dict(vars(part)), [(key, each, each.clone()) for key, each in part._buffers.items()
                                       if each is not None]) for part in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == 'cuda'})
     caching = torch.is_autocast_cache_enabled()
     try:
         for part, *_ in kept: part.training = training and part.training and isinstance(part, _NormBase)
-        torch.set_autocast_cache_enabled(False)  # which would go on with the weights that it has seen
+        torch.set_autocast_cache_enabled(False)  # else weights that were cached earlier would be used
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices): yield
     finally:
         torch.set_autocast_cache_enabled(caching)
@@ -601,7 +602,7 @@ def _run(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 def _batches(batch: Any) -> Iterable[Any]:
-    "The batches in what was given: itself, or what an iterable yields; of (inputs, labels) the inputs."
+    "The batches: the argument itself, or what an iterable yields; from (inputs, labels), the inputs."
     if isinstance(batch, (Tensor, Mapping, tuple, list)): return [batch]
     return (each[0] if isinstance(each, (tuple, list)) else each for each in batch)
 
@@ -639,7 +640,7 @@ class _Calibration(_Watch):
     def __init__(self, model: nn.Module, per_channel: bool, gain: bool) -> None:
         super().__init__(model)
         self.per_channel, self.gain, self.first, self.passes = per_channel, gain, True, 0
-        self.rows: dict[Any, dict[str, Any]] = {}  # by unit, or by the place of a ReLU that is none
+        self.rows: dict[Any, dict[str, Any]] = {}  # by unit, or by place for a ReLU that was not swapped
         self.pooled: dict[Any, tuple[int, Tensor]] = {}  # of a unit: the values of a sweep, and their mean
         self.kept: list[tuple[Tensor, Tensor]] = []  # parameters that were scaled, and what they were
 
@@ -663,15 +664,17 @@ class _Calibration(_Watch):
         return None if scale == 1 else x * scale
 
     def moments(self, call: _Call, x: Tensor) -> tuple[Tensor, float]:
-        "The mean that a shift has to take away, of all or of each channel, and the population std around it."
+        "The mean that a shift has to subtract, over all or by channel, and the population std around it."
         z, maker = x if x.dtype == torch.float64 else x.float(), self.value(x).maker
         a = call.module.fn(z) if isinstance(call.module, ZeroMean) else F.relu(z)
         is_last = maker and maker.name in ('linear', 'layer_norm')
         if self.per_channel and (x.dim() < 2 or (x.dim() > 2 and is_last)):
-            raise ValueError(f'per_channel: {call.name} sees {tuple(x.shape)}, not (batch, channels, ...)')
+            raise ValueError(f'per_channel=True: {call.name} gets {tuple(x.shape)}, '
+                             'must get (batch, channels, ...)')
         dims = [dim for dim in range(a.dim()) if dim != 1 or not self.per_channel]
         mean, std = a.mean(dims), a.var(dims, correction=0).mean().sqrt().item()
-        if not math.isfinite(std): raise ValueError(f'batch: {call.name} sees no values, or not finite ones')
+        if not math.isfinite(std):
+            raise ValueError(f'batch: {call.name} gets no values, or values that are not finite')
         return mean, std
 
     def rescale(self, call: _Call, x: Tensor, std: float) -> dict[str, Any]:
@@ -679,7 +682,7 @@ class _Calibration(_Watch):
         step = self.value(x).maker or _Step('', [], [])
         tensors = [tensor for tensor in (step.weight, step.bias) if tensor is not None]
         try: layer, = {self.owner(step, tensor) for tensor in tensors}
-        except ValueError: return dict(note='not scaled: no layer of its own makes its input')
+        except ValueError: return dict(note='not scaled: its input is not made by a layer that only it uses')
         if not std or isinstance(call.module, ZeroMean) or not all(each.requires_grad for each in tensors):
             return dict(note=f'not scaled: {self.names[layer]} is frozen, or no scale helps')
         scale = 1.0 if abs(1 / std - 1) < 1e-4 else 1 / std  # as good as rounding allows
@@ -696,8 +699,8 @@ class _Calibration(_Watch):
         if not self.pooled: raise ValueError('model: none of its units was called')
 
     def settle(self, batch: Any) -> None:
-        """More sweeps where one leaves a mean: after several calls of a unit, several batches, or a layer
-        scaled."""
+        """More sweeps where one is not enough: with several calls of a unit, several batches, or a scaled
+        layer."""
         self.first, left = False, dict[Any, float]()
         once = self.passes == 1 and not self.kept and all(len(self.calls[unit]) == 1 for unit in self.pooled)
         for _ in range(0 if once or isinstance(batch, Iterator) else 10):
@@ -707,7 +710,7 @@ class _Calibration(_Watch):
                 _set_shift(unit, mean)
                 if left[unit] <= max(1e-4, self.eps) * self.rows[unit]['now']: del left[unit]
             if not left: return
-        for unit, far in left.items(): self.rows[unit]['note'] = f'does not settle: a mean of {far:.2g} stays'
+        for unit, far in left.items(): self.rows[unit]['note'] = f'not converged: a mean of {far:.2g} is left'
 
     def report(self, units: dict[Any, str]) -> pd.DataFrame:
         for unit, name in units.items():
@@ -721,10 +724,11 @@ class _Calibration(_Watch):
         return pd.DataFrame(self.rows.values(), columns=columns)
 
 def calibrate(model: nn.Module, batch: Any, per_channel: bool = False, gain: bool = False) -> pd.DataFrame:
-    """Set each unit's shift to the mean that it has to take away, measured on data (Eq. 7).
+    """Set each unit's shift to the mean that it has to subtract, measured on data (Eq. 7).
 
-    Each unit sets its shift just before it acts, so that later ones see it calibrated: one pass, unless a
-    unit is called several times or there are several batches. Only shifts change (and layers, with `gain`).
+    Each unit sets its shift just before it acts, so later units get calibrated inputs: one pass is enough,
+    unless a unit is called several times or there are several batches. Nothing but shifts (with `gain`,
+    also layers) changes.
 
     Parameters
     ----------
@@ -732,7 +736,7 @@ def calibrate(model: nn.Module, batch: Any, per_channel: bool = False, gain: boo
         Its `WIBReLU` and `ZeroMean` units are set, in place.
     batch : Tensor, tuple, list, mapping, or iterable
         Inputs as the model takes them: a tensor, a tuple or list of arguments, a mapping of named ones. Or an
-        iterable of batches, such as a DataLoader: of each pair (inputs, labels) the inputs are used.
+        iterable of batches, such as a DataLoader: from each pair (inputs, labels), the inputs are used.
     per_channel : bool
         A shift for each channel (dimension 1) in place of one number.
     gain : bool
@@ -742,13 +746,13 @@ def calibrate(model: nn.Module, batch: Any, per_channel: bool = False, gain: boo
     Returns
     -------
     DataFrame
-        A row a unit, in the order of calls: name, calls, mean and std (population) before the shift, layer
-        and scale (of `gain`), shift (its mean), note, source. A ReLU that is no unit has no shift.
+        A row per unit, in the order of calls: name, calls, mean and std (population) before the shift, layer
+        and scale (of `gain`), shift (its mean), note, source. A ReLU that was not swapped has no shift.
 
     Raises
     ------
     ValueError
-        If there is no unit to calibrate, or one sees values that are not finite; the model is then as it was.
+        If there is no unit to calibrate, or one gets values that are not finite; the model is then unchanged.
 
     Examples
     --------
@@ -775,7 +779,7 @@ def calibrate(model: nn.Module, batch: Any, per_channel: bool = False, gain: boo
 
 # %% ../nbs/lib/surgery.ipynb #e3004fac
 class _Diagnosis(_Watch):
-    "Gathers what each activation puts out in one pass, a row a call."
+    "Collects statistics of the output of each activation in one pass, one row per call."
     def run(self, batch: Any) -> list[Tensor]:
         self.rows: _Rows = []
         output = super().run(batch)
@@ -806,11 +810,11 @@ class _Diagnosis(_Watch):
             layers = [reader for step in self.calls[unit] for value in step.made for reader in value.readers]
             after = [{each.name for value in layer.made for each in value.readers} for layer in layers]
             if after and all('batch_norm' in names for names in after):
-                advice.append('a batch norm follows the next layer: it takes out what a shift does')
+                advice.append('a batch norm follows the next layer and undoes the shift')
         return '; '.join(filter(None, [*advice, self.overwritten(unit)]))
 
 def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
-    """Show what each activation puts out on a batch, and what to do about it.
+    """Show the output statistics of each activation on a batch, and what to do about them.
 
     Modules and calls of functions are seen, in the order of their calls; the model is left as it was.
 
@@ -847,7 +851,7 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
 
 # %% ../nbs/lib/surgery.ipynb #591e01a6
 def _same(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
-    "Whether outputs agree to half the digits of `eps`: the folded sums are rounded otherwise."
+    "Whether outputs agree to half the digits of `eps`: the folded sums are rounded differently."
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]: return False
     for b, a in zip(before, after, strict=True):
         finite = b[b.isfinite()].abs() if b.is_floating_point() else b[:0]
@@ -870,8 +874,8 @@ def _layer_before(value: _Value, reader: _Step) -> _Step:
     raise ValueError('; '.join(reasons[1:] or reasons))
 
 def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[], Callable[[], None]]]:
-    """The name of the layer whose bias takes a shift, and what does it. `ValueError` that says why there
-    is none."""
+    """The name of the layer whose bias takes the shift, and the function that moves it. A `ValueError` says
+    why there is none."""
     steps = watch.calls[unit]
     if isinstance(unit, FoldedWIBReLU): raise ValueError('is folded already')
     if len(steps) != 1: raise ValueError(f'is called {len(steps)} times')
@@ -910,12 +914,12 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
     model : nn.Module
         Changed in place; its function stays the same.
     batch : Tensor, tuple, list, mapping, or iterable
-        As in `calibrate`; of several batches the first is used. On it the model is compared with what it was.
+        As in `calibrate`; of several batches the first is used. The folded model is compared on it.
 
     Returns
     -------
     DataFrame
-        A row a unit: name, layer (that took the shift), folded, note (why it was not).
+        A row per unit: name, layer (that took the shift), folded, note (why it was not folded).
 
     Raises
     ------
@@ -953,5 +957,5 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
         torch.clear_autocast_cache()
     for key in folds:
         rows[key]['folded'] = key in done
-        if key not in done: rows[key]['note'] = 'was put back: the batch gives something else'
+        if key not in done: rows[key]['note'] = 'was undone: it changes the output on the batch'
     return pd.DataFrame(rows)

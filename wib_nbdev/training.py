@@ -40,14 +40,14 @@ def train_epoch(
     model:nn.Module, # in training mode
     optimizer:torch.optim.Optimizer, # of its parameters
     batches:Any, # `Batches` of the training images
-    order:Tensor, # int64 (batch,), on the device
+    order:Tensor, # int64 (images,): the images in the order of training, on the device
     *,
     amp:bool=False, # under bfloat16 autocast
-    recorder:ActivationRecorder | None=None, # told after each update
+    recorder:ActivationRecorder | None=None, # its `record_updates` is called after each update
     bar:Any=None, # a progress bar, updated after each step
 ) -> tuple[list[float], float]:
-    """The loss (nats) of each batch before its step, and the share classified right on the way; the device
-    is read once, at the end."""
+    """The loss (nats) of each batch before its update, and the accuracy (share) over the epoch. The device
+    is read only once, at the end."""
     losses = torch.empty(len(batches), device=order.device)
     correct = torch.zeros((), dtype=torch.int64, device=order.device)
     for step, (x, y) in enumerate(batches(order)):
@@ -67,7 +67,7 @@ _all_ = ['TrainConfig', 'LAYERS']
 
 @dataclass(frozen=True)
 class RunResult:
-    "What a run leaves: its configuration, tidy frames, where it ran, and how it ended."
+    "The result of a run: its configuration, tidy frames, where it ran, and how it ended."
     config: TrainConfig
     epochs: pd.DataFrame # epoch, split (train or valid), loss (nats), accuracy (share), seconds
     layers: pd.DataFrame | None # of `ActivationRecorder.to_frame`; None if not recorded
@@ -82,7 +82,7 @@ class RunResult:
 def resolve_device(
     name:str='auto', # 'auto', 'cpu', 'cuda' or 'mps'
 ) -> torch.device:
-    "The device of that name, or the best one for 'auto'. `ValueError` where it is not there."
+    "The device of that name, or the best one for 'auto'. `ValueError` if this machine does not have it."
     one_of(name, get_args(Device), 'device')
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == 'auto': name = next(device for device, present in there.items() if present)
@@ -100,7 +100,7 @@ def _processor() -> str:
 def describe_environment(
     device:torch.device, # where a run takes place
 ) -> dict[str, Any]:
-    "Versions and hardware: what may change a number in its last digits."
+    "Versions and hardware, which may change the last digits of a number."
     versions = {name: metadata.version(name) for name in ('wib_nbdev', 'torch', 'numpy')}
     processor = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
     return dict(**versions, python=platform.python_version(), system=platform.system(),
@@ -109,12 +109,12 @@ def describe_environment(
 
 # %% ../nbs/06_training.ipynb #1a8b9fbc
 def load_images(
-    config:TrainConfig, # its dataset, sample, valid and n_train count
+    config:TrainConfig, # of which dataset, sample, valid and n_train are used
     data:ImageDataset | None=None, # images already loaded
     root:str | Path | None=None, # the folder of the full data; see `data.load`
 ) -> ImageDataset:
-    """The images of a run, where 'test' is what the run validates on: the test images, or those held out
-    from training."""
+    """The images of a run. `x_test` and `y_test` are what the run validates on: the test images, or images
+    held out from training."""
     if data is None: data = load(config.dataset, root=root, sample=config.sample)
     if data.name != config.dataset:
         raise ValueError(f'data={data.name!r}: the config asks for dataset={config.dataset!r}')
@@ -136,7 +136,7 @@ def build_model(
     return build(image_shape, n_classes, config.depth, batch_norm=config.batch_norm, **shared)
 
 def build_optimizer(
-    config:TrainConfig, # its optimizer, lr, momentum and weight_decay count
+    config:TrainConfig, # of which optimizer, lr, momentum and weight_decay are used
     model:nn.Module, # whose parameters are trained
 ) -> torch.optim.Optimizer:
     "Adam, AdamW or SGD; `momentum` is beta1 of the first two."
@@ -148,8 +148,8 @@ def build_optimizer(
     return kind(parameters, betas=(config.momentum, 0.999), **shared)
 
 class Batches:
-    """Standardised batches of images that stay on the device as uint8: a quarter of float32's memory, and
-    one gather a step."""
+    """Standardised batches of images that stay on the device as uint8: a quarter of the memory of
+    float32, and one gather per step."""
     def __init__(
         self,
         x:Tensor, # uint8 (batch, channels, height, width), on the device
@@ -169,7 +169,7 @@ class Batches:
 
     def __call__(
         self,
-        order:Tensor | None=None, # int64 (batch,), which images in which order; as stored if None
+        order:Tensor | None=None, # int64 (images,): the images in the order wanted; as stored if None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         "Yields float32 images (batch, channels, height, width) and int64 labels (batch,)."
         for start in range(0, len(self.x), self.batch_size):
@@ -181,8 +181,8 @@ class Batches:
             yield out.as_strided((len(out), *self.x.shape[1:]), self.x.stride()), y
 
 class Evaluation(NamedTuple):
-    """How a network does on images: mean cross-entropy (nats), accuracy (share), and which were right, bool
-    (images,)."""
+    """The result of `evaluate`: mean cross-entropy (nats), accuracy (share), and which predictions were
+    right, bool (images,)."""
     loss: float
     accuracy: float
     correct: np.ndarray
@@ -216,8 +216,8 @@ def digest(
 
 @contextmanager
 def _deterministic(device:torch.device) -> Iterator[None]:
-    """cuDNN picks the same, deterministic kernels every time; a CPU needs no help. What else is set, such as
-    TF32, stays as it is."""
+    """cuDNN picks the same, deterministic kernels every time; for a CPU nothing is set. Other settings, such
+    as TF32, stay as they are."""
     wanted = dict(enabled=True, benchmark=False, deterministic=True) if device.type == 'cuda' else {}
     before = {name: getattr(torch.backends.cudnn, name) for name in wanted}
     try:
@@ -229,7 +229,7 @@ def _deterministic(device:torch.device) -> Iterator[None]:
 CALIBRATED_ON = 1000  # training images, where a configuration asks for calibrated shifts
 
 class _Run:
-    "A run under way: what it needs, and what it has seen so far."
+    "A run in progress: what it needs, and what it has measured so far."
     def __init__(self, config:TrainConfig, images:ImageDataset, record:bool | dict[str, Any]):
         if record and config.compile:
             raise ValueError('record=True with compile=True: a compiled network cannot be recorded; '
@@ -305,7 +305,7 @@ def train(
     record : bool or dict
         Whether to watch the layers in each training step; a dict: arguments of `ActivationRecorder`.
     progress : bool
-        Whether to show a bar with loss, accuracy and time left; none in a file.
+        Whether to show a bar with loss, accuracy and time left. If stderr is a file, none is shown.
     root : path, optional
         The folder of the full data; see `data.load`.
 
@@ -313,7 +313,7 @@ def train(
     -------
     RunResult
         Losses in nats, accuracies as shares. A loss that is not finite ends the run as 'diverged', Ctrl-C as
-        'interrupted', both with the epochs they had.
+        'interrupted', both with the epochs finished until then.
 
     Raises
     ------
@@ -341,7 +341,7 @@ def train(
 def _layers(run:RunResult | pd.DataFrame) -> pd.DataFrame:
     "The layers of a run; `ValueError` if it was not recorded."
     layers = run.layers if isinstance(run, RunResult) else run
-    if layers is None: raise ValueError('runs: hold one that was not recorded; train it with record=True')
+    if layers is None: raise ValueError('runs: one was not recorded; train it with record=True')
     return layers
 
 def figure_layers(
@@ -349,8 +349,8 @@ def figure_layers(
     title:str='', # of the figure
     n_iterations:int | None=None, # how many to draw; all if None
 ) -> Figure:
-    """Mean (above) and standard deviation (below) of each layer over the iterations, a column a run, on
-    shared axes: Fig. 7, 9 and 11."""
+    """Mean (above) and standard deviation (below) of each layer over the iterations, one column per
+    run, on shared axes: Fig. 7, 9 and 11."""
     figure, axes = panels(2, len(runs), panel_size=(4.6, 2.5), sharex=True, sharey='row')
     for (name, run), column in zip(runs.items(), axes.T, strict=True):
         frame = _layers(run)
@@ -366,8 +366,8 @@ def figure_near_zero(
     title:str='', # of the figure
     definition:str='near_zero_0.5', # a definition of `recorder.NEAR_ZERO`, or 'inactive'
 ) -> Figure:
-    """The share of near-zero activations in each convolution over the iterations, a panel a run: Fig. 8
-    and 10."""
+    """The share of near-zero activations in each convolution over the iterations, one panel per run:
+    Fig. 8 and 10."""
     figure, axes = panels(1, len(runs), panel_size=(4.6, 2.8), sharey=True)
     for (name, run), ax in zip(runs.items(), axes[0], strict=True):
         plot_near_zero(_layers(run), definition, ax, layers=LAYERS[:4], title=name)

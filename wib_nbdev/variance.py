@@ -50,11 +50,11 @@ def simulate_layer(
     fan_in:int, # inputs of the layer
     fan_out:int, # outputs of the layer
     weight_std:float, # standard deviation of a weight
-    n_trials:int, # layers drawn, each with an input of its own
+    n_trials:int, # random layers, each with its own input
     fn:Callable[[Tensor], Tensor] | None=None, # an activation, applied to the outputs
     generator:torch.Generator | None=None, # source of weights and inputs
 ) -> pd.DataFrame:
-    """Random layers on standard normal inputs (paper, Fig. 3 to 5): a row a trial.
+    """Random layers on standard normal inputs (paper, Fig. 3 to 5): one row per trial.
 
     Columns: trial, mean and std (population) over the outputs (fan_out,) of that trial's layer.
     """
@@ -68,7 +68,7 @@ def simulate_layer(
 
 # %% ../nbs/01_variance.ipynb #8e864f6c
 def plot_trials(
-    frame:pd.DataFrame, # trial, mean, std; as `simulate_layer` returns
+    frame:pd.DataFrame, # columns trial, mean and std, from `simulate_layer`
     ax:Axes | None=None, # axes to draw on; new ones if None
 ) -> Axes:
     "Mean and standard deviation over a layer's outputs, trial by trial."
@@ -80,7 +80,7 @@ def plot_trials(
 # %% ../nbs/01_variance.ipynb #fbfb14c0
 def figure_3a(
     fan_in:int=784, # inputs and outputs of the layer: the pixels of a Fashion-MNIST image
-    n_trials:int=50, # layers drawn
+    n_trials:int=50, # random layers
     seed:int=0, # of weights and inputs
 ) -> Figure:
     "Fig. 3(a): standard normal weights, with the standard deviation that Eq. 3 predicts."
