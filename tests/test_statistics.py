@@ -310,6 +310,8 @@ def test_each_arm_at_its_own_fastest_setting():
     broken = changed(results, "arm == 'relu' and lr == 0.004 and seed == 1", status='diverged')
     rates = s.fastest_settings(broken, {'cifar10': 0.2}).set_index('arm')['lr']
     assert rates.to_dict() == {'relu': 0.002, 'wib_relu': 0.004}, 'a setting at which a run diverged is out'
+    slower = s.common_loss(s.without_diverged(broken))['cifar10']
+    assert slower == pytest.approx(2 / 19.5), 'what ReLU reaches where all its runs finished'
 
 
 # Test images

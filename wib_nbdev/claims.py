@@ -6,8 +6,8 @@
 __all__ = ['VERDICTS', 'THEMES', 'DATASETS', 'CONVOLUTIONS', 'READINGS', 'NEAR', 'Test', 'RANK', 'Judge', 'VARIES', 'TEXTS',
            'CLAIMS', 'NOTHING', 'PROMISES', 'JUDGED', 'WORLD', 'THRESHOLDS', 'Judgement', 'MissingRuns', 'exactly',
            'above', 'below', 'within', 'near', 'opposite', 'at_least', 'every', 'some', 'grade', 'decide', 'best_of',
-           'Evidence', 'effect_of', 'intervals', 'ratio', 'largest_fall', 'Claim', 'robustness', 'judge',
-           'committed_verdicts']
+           'Evidence', 'effect_of', 'intervals', 'paired_interval', 'ratio', 'largest_fall', 'Claim', 'robustness',
+           'judge', 'committed_verdicts']
 
 # %% ../nbs/lib/claims.ipynb #92c50609
 import math
@@ -37,7 +37,7 @@ from .plan import MAIN, RIVALS, SETTINGS, best_rates, with_arms
 from wib_nbdev.statistics import (
     CLAIMED, METRICS, MIN_PAIRS, PUBLISHED, ROPE, Interval, at_equal_loss, at_settings, common_loss,
     compare_arms, effect_in_words, fastest_settings, holm, kind_of, pivot, run_values, select,
-    speed_differences, t_interval,
+    speed_differences, t_interval, without_diverged,
 )
 from .style import DATASET_LABELS, PAPER_LABELS, label
 from .sweep import Results
@@ -186,8 +186,8 @@ class Evidence:
     @property
     @_kept
     def main(self) -> Results:
-        "The runs of the setting."
-        main = select(self.results, **self.setting)
+        "The runs of the setting on the paper's data sets."
+        main = select(self.results, **{'dataset': list(DATASETS), **self.setting})
         fields = ', '.join(f'{name}={value}' for name, value in self.setting.items())
         if main.runs.empty: raise MissingRuns(f'runs with {fields}')
         return main
@@ -298,8 +298,9 @@ class Evidence:
 
     @_kept
     def own_speed(self, wib: str) -> list[Any]:
-        "Rows of `speed_differences` with each arm at its own fastest rate of the grid."
-        grid = self._grid(wib, *DATASETS)
+        """Rows of `speed_differences` with each arm at its own fastest rate of the grid; as in `best_rates`,
+        not one at which a run diverged."""
+        grid = without_diverged(self._grid(wib, *DATASETS))
         targets = common_loss(grid, [wib, *RIVALS])
         fastest = at_settings(grid, fastest_settings(grid, targets))
         return _rows(speed_differences(fastest, wib, RIVALS, targets=targets))
@@ -381,12 +382,19 @@ def intervals(
     "The interval of each column."
     return {name: t_interval(samples[name]) for name in samples}
 
+def paired_interval(
+    differences:pd.Series, # by seed, NaN where one of the two is missing
+) -> Interval:
+    "The mean with its interval; NaN, so undecided, with fewer than two pairs: one is no exact number."
+    x = differences.dropna()
+    return t_interval(x) if len(x) > 1 else Interval(math.nan, math.nan, math.nan)
+
 def ratio(
     ours:pd.Series, # positive, by seed
     theirs:pd.Series, # positive, by seed
 ) -> Interval:
     "The geometric mean of ours / theirs, seed by seed, with its interval."
-    return Interval(*(math.exp(end) for end in t_interval((np.log(ours) - np.log(theirs)).dropna())))
+    return Interval(*(math.exp(end) for end in paired_interval(np.log(ours) - np.log(theirs))))
 
 def largest_fall(
     values:Any, # (n,) one statistic over time, not negative
@@ -540,24 +548,25 @@ def judge_unit_gradient(evidence:Evidence) -> Judgement:
     "Abstract: does a gradient survive a network whose activations have mean 0 and standard deviation 1?"
     deep, few = (layer_intervals('centred', CENTRED_GAIN, depth)['gradient', 1] for depth in (20, FEW_LAYERS))
     least = 0.5**evidence.threshold
-    why = (f"the first layer's gradient is {deep.mean:.3g} times the last layer's over 20 layers (it grows), "
-           f'{few.mean:.3g} times over four')
+    why = (f"the first layer's gradient is {deep.mean:.3g} times the last layer's over 20 layers "
+           f"(it {'grows' if deep.mean > 1 else 'falls'}), {few.mean:.3g} times over four")
     return decide(deep, why, above(deep, least), part=above(few, least))
 
 def roughness(evidence:Evidence, arm:str, rival:str, test:Callable[..., Test]) -> Judgement:
     """Whether an arm is smoother (`below`) or rougher (`above`) than a rival, in training and validation loss
     on each data set."""
     evidence.rows(('train loss',), (rival,), arm)  # each rival needs its pairs
+    n = sum(len(evidence.runs(each, dataset)) for each, dataset in product((arm, rival), DATASETS))
     rough, room = evidence.roughness(), evidence.threshold * ROPE['loss']
-    found = {(split, dataset): ratio(rough[split, dataset, arm], rough[split, dataset, rival])
+    sides = {(split, dataset): (rough[split, dataset, arm], rough[split, dataset, rival])
              for split, dataset in product(('train', 'valid'), DATASETS)}
-    runs = {dataset: [len(evidence.runs(each, dataset)) for each in (arm, rival)] for dataset in DATASETS}
-    tests = [test(x, 1, room) if min(runs[dataset]) >= evidence.min_pairs else None
-             for (_, dataset), x in found.items()]
+    found = {name: ratio(*each) for name, each in sides.items()}
+    pairs = {name: ours.index.intersection(theirs.index).size for name, (ours, theirs) in sides.items()}
+    tests = [test(x, 1, room) if pairs[name] >= evidence.min_pairs else None for name, x in found.items()]
     words = [by_dataset(spell(found[split, dataset]) for dataset in DATASETS) for split in ('train', 'valid')]
     why = (f'roughness, {label(arm)} over {label(rival)}: of the training loss {words[0]}; '
            f'of the validation loss {words[1]}')
-    return decide(found['train', DATASETS[0]], why, *tests, n=sum(map(sum, runs.values())))
+    return decide(found['train', DATASETS[0]], why, *tests, n=n)
 
 def judge_unit_smooth(evidence:Evidence) -> Judgement:
     "Abstract: is training smoother with activations of mean 0 and standard deviation 1?"
@@ -812,7 +821,7 @@ def judge_speed(evidence:Evidence) -> Judgement:
            f'{by_rows(epochs_in_words, own)}')
     return decide(Interval(relu[0].ratio, relu[0].low, relu[0].high), why, *tests,
                   part=every(faster(evidence, row, evidence.min_pairs) for row in relu),
-                  n=sum(row.n for row in there) + 2 * max(row.n for row in there))
+                  n=sum(row.n for row in there) + sum(max(row.n for row in each) for each in split(there)))
 
 def judge_convergence(evidence:Evidence) -> Judgement:
     "Section 4: is it the centred activations that speed up training, or the biases?"
@@ -1084,7 +1093,7 @@ def judge_fig11_swings(evidence:Evidence) -> Judgement:
     ours, order = falls_of(evidence.wib), (False, None, True)
     def against(arm: str) -> tuple[str, list[Interval], Test, int]:
         theirs = falls_of(arm)
-        less = [t_interval((a - b).dropna()) for a, b in zip(ours, theirs, strict=True)]
+        less = [paired_interval(a - b) for a, b in zip(ours, theirs, strict=True)]
         return arm, less, every(below(x, 0) for x in less), count_rows(*ours, *theirs)
     arm, less, lower, n = max(those_with_runs(against, REPAIRED), key=lambda each: order.index(each[2]))
     falls = list(map(t_interval, ours))
@@ -1144,7 +1153,7 @@ def judge_fig12_values(evidence:Evidence) -> Judgement:
         try: too += [label(rival)] * bool(every(as_printed(rival)))
         except MissingRuns: pass  # mentioned only; the verdict does not depend on it
     epoch = 'last epoch' if evidence.at == 'last' else 'epoch of the lowest validation loss'
-    why = (f"{epoch}: {', '.join(f'{metric} {values[metric].mean:.3f}' for metric in METRICS)}; "
+    why = (f"{epoch}: {', '.join(f'{metric} {spell(values[metric], 3)}' for metric in METRICS)}; "
            f"rivals that pass too: {', '.join(too) or 'none'}")
     return decide(values['valid accuracy'], why, *tests, n=len(evidence.runs(evidence.wib, 'fashion_mnist')))
 

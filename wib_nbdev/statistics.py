@@ -7,8 +7,8 @@ __all__ = ['METRICS', 'PUBLISHED', 'CLAIMED', 'ROPE', 'MIN_PAIRS', 'SETTING', 'L
            'select', 'check_one_run_each', 'run_values', 'pivot', 'Interval', 't_interval', 'mean_interval',
            'sign_flip_p', 'seeds_needed', 'verdict', 'rope_posterior', 'compare_pairs', 'holm', 'compare_arms',
            'paired_differences', 'final_table', 'at_settings', 'common_loss', 'epochs_to_loss', 'fastest_settings',
-           'committed_pace', 'speed_differences', 'at_equal_loss', 'gap_interval', 'seeds_and_images',
-           'probability_in_words', 'effect_in_words', 'in_words']
+           'without_diverged', 'committed_pace', 'speed_differences', 'at_equal_loss', 'gap_interval',
+           'seeds_and_images', 'probability_in_words', 'effect_in_words', 'in_words']
 
 # %% ../nbs/lib/statistics.ipynb #d344184e
 import bisect
@@ -347,6 +347,13 @@ def fastest_settings(results:Results, targets:Mapping[str, float]) -> pd.DataFra
     mean = groups.agg(lambda epochs: epochs.mean(skipna=False)).dropna()
     return mean.loc[mean.groupby(['dataset', 'arm']).idxmin()].reset_index()
 
+def without_diverged(results:Results) -> Results:
+    """Without the settings of an arm on a data set at which a run diverged: they are not for choosing, and
+    `common_loss` of the rest is one that `fastest_settings` reaches."""
+    runs = select(results).runs
+    bad = runs.loc[runs['status'] != 'finished', ['dataset', 'arm', *SETTING]].drop_duplicates()
+    return select(results, key=list(set(runs['key']) - set(runs.merge(bad)['key'])))
+
 def committed_pace() -> pd.DataFrame:
     "Seconds of an epoch by dataset, turn and arm, as `benchmarks/pace.py` measured them on one machine."
     return pd.read_csv(str(resources.files('wib_nbdev') / 'results' / 'pace.csv'))
@@ -359,10 +366,11 @@ def speed_differences(
     targets:Mapping[str, float] | None=None, # by data set, the training loss to reach; `common_loss` if None
     pace:pd.DataFrame | None=None, # from `committed_pace`
 ) -> pd.DataFrame:
-    """Epochs to the same training loss: dataset, rival, target, n (pairs), missed (seeds at which one of the
-    two never gets there), arm_epochs, rival_epochs, ratio (geometric mean; below 1 the arm is faster), low,
-    high. With `pace` also arm_seconds, rival_seconds and seconds_ratio, whose interval covers the scatter of
-    the epochs over seeds and that of the benchmark over turns."""
+    """Epochs to the same training loss: dataset, rival, target, n (pairs), missed (seeds without a pair: one
+    of the two was not run, diverged, or never reaches the target), arm_epochs, rival_epochs, ratio (geometric
+    mean; below 1 the arm is faster), low, high. With `pace` also arm_seconds, rival_seconds and
+    seconds_ratio, whose interval covers the scatter of the epochs over seeds and that of the benchmark over
+    turns."""
     targets = common_loss(results, (arm, *rivals)) if targets is None else targets
     runs = epochs_to_loss(results, targets)
     check_one_run_each(runs)
@@ -396,7 +404,8 @@ def at_equal_loss(
     targets:Mapping[str, float] | None=None, # by data set, the training loss to reach; `common_loss` if None
 ) -> pd.DataFrame:
     """`compare_arms` for validation loss and accuracy at the point where a run's training loss first reaches
-    the target (linear between the ends of epochs): what an arm gains beyond training faster."""
+    the target (linear between the ends of epochs; before the end of epoch 1, epoch 1's): the differences that
+    remain at equal training loss."""
     targets = common_loss(results, (arm, *rivals)) if targets is None else targets
     runs = epochs_to_loss(results, targets).dropna(subset='epochs')
     check_one_run_each(runs)
