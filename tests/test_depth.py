@@ -1,6 +1,5 @@
 """The depth experiment: its plan, how rates are chosen and runs paired, and every verdict."""
 import math
-import subprocess
 import sys
 from dataclasses import asdict
 from itertools import product
@@ -14,7 +13,7 @@ from torch.nn.functional import relu
 from wib_nbdev import depth
 from wib_nbdev.activations import predict_depth
 from wib_nbdev.claims import MissingRuns
-from wib_nbdev.depth import CELLS, DEPTH_ARMS, FACTORIALS, FAMILIES, RATES, SEEDS
+from wib_nbdev.depth import CELLS, DEPTH_ARMS, FACTORIALS, RATES, SEEDS
 from wib_nbdev.style import ARM_STYLE
 from wib_nbdev.sweep import Results
 
@@ -170,14 +169,11 @@ def test_theory_of_another_gain_follows_from_homogeneity():
     assert calibrated['gradient'].to_numpy() == pytest.approx(1, abs=1e-3)
     ratio = (calibrated['std'] / calibrated['std'].shift()).dropna()
     assert ratio.to_numpy() == pytest.approx(math.sqrt(1 - 1 / math.pi), rel=1e-3)
-    assert FAMILIES['rnn'].depths[-1] == 56 and all(math.isfinite(x) for x in depth.signals('relu', 8))
+    assert all(math.isfinite(x) for x in depth.signals('relu', 8))
 
 
-def test_the_criteria_are_those_committed_before_the_runs():
+def test_the_criteria_are_those_committed_before_the_runs(history):
     import merge_results
-    ask = ['git', '-C', ROOT, 'cat-file', '-e', merge_results.DEPTH_CRITERIA]
-    if subprocess.run(ask, capture_output=True).returncode:
-        pytest.skip('needs git and the history of the project')
     assert merge_results.changed_depth_claims() == []
 
 

@@ -12,7 +12,6 @@ from wib_nbdev.plan import (
     PAPER_ARMS,
     RATES,
     SEEDS,
-    SETTINGS,
     arm_grid,
     best_rate_plan,
     best_rates,
@@ -107,7 +106,3 @@ def test_plain_sgd_is_not_sgd_with_momentum():
     score = lambda config: 1.0 if (config.optimizer, config.momentum, config.lr) == ('sgd', 0.0, 0.1) else 0.5
     best = best_rates(made_up(rate_grid(), score))
     assert set(best['momentum']) == {0.0} and best['edge'].all()
-
-
-def test_settings_are_three_and_the_main_one_is_among_them():
-    assert len(SETTINGS) == 3 and {each['optimizer'] for each in SETTINGS.values()} == {'adam', 'sgd'}
