@@ -126,7 +126,7 @@ def main() -> int:
 
 FAULTS = [
     Fault('last-field-out-of-key', 'Two configurations that differ in their last field alone have one key.',
-          Patch('config', {'for each in fields(self)': 'for each in fields(self)[:-1]'},
+          Patch('config', {'for each in fields(self)\n': 'for each in fields(self)[:-1]\n'},
                 'tests/test_training.py::test_every_field_is_in_the_key_and_survives_a_round_trip')),
     Fault('given-axes-ignored', 'A plot draws on axes of its own and leaves those that it is given empty.',
           Patch('style', {'if ax is None: ax = plt.subplots(': 'ax = plt.subplots('},
