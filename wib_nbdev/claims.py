@@ -209,7 +209,7 @@ class Evidence:
     def _compared(self, arm: str, rivals: tuple[str, ...], at: str) -> list[Any]:
         missing = sorted({arm, *rivals} - set(self.main.runs['arm']))
         if missing: raise MissingRuns('; '.join(missing))
-        return _rows(compare_arms(self._wide(at), arm, rivals, full=False), arm)
+        return _rows(compare_arms(self._wide(at), arm, rivals), arm)
 
     def rows(
         self, metrics: tuple[str, ...], rivals: tuple[str, ...] = RIVALS, arm: str = '',
@@ -252,7 +252,7 @@ class Evidence:
         final = select(self.light, dataset=dataset, arm=[wib, *RIVALS], valid='test', **self.shape())
         runs = at_settings(final, best)
         if runs.runs.empty: raise MissingRuns(f'runs on {dataset} with each arm at its own best rate')
-        return _rows(compare_arms(pivot(runs, at), wib, RIVALS, ['valid accuracy'], full=False), wib)
+        return _rows(compare_arms(pivot(runs, at), wib, RIVALS, ['valid accuracy']), wib)
 
     def at_best(self, dataset: str) -> list[Any]:
         "Comparisons of validation accuracy with each arm at its own best setting."

@@ -33,7 +33,7 @@ from .activations import CENTRED_GAIN, CENTRED_SHIFT, predict_depth, wib_relu
 from .claims import Judgement, MissingRuns, above, grade, some
 from .config import TrainConfig, one_of
 from .mean_shift import gaussian_moments
-from .statistics import MIN_PAIRS, ROPE, Interval, mean_interval
+from .statistics import MIN_PAIRS, ROPE, Interval, t_interval
 from .style import BAND, THEORY, colour, label, marker, new_axes, panels
 from .sweep import Results, configs_of, run_sweep
 
@@ -201,7 +201,7 @@ def effects(
         if len(depths) > 1:
             doublings = np.log2(depths)
             each['change with depth'] = np.polyfit(doublings, values[depths].T, 1)[0] * np.ptp(doublings)
-        rows += [dict(effect=effect, over=over, n=len(wide), **mean_interval(x)._asdict())
+        rows += [dict(effect=effect, over=over, n=len(wide), **t_interval(x)._asdict())
                  for over, x in each.items()]
     return pd.DataFrame(rows)
 
@@ -283,7 +283,7 @@ def decided_pairs(
         for depth in sorted({depth for depth, _ in wide}):
             there = [arm for arm in THEORIES if (depth, arm) in wide]
             for arm, rival in combinations(there, 2):
-                x = mean_interval((wide[depth, arm] - wide[depth, rival]).dropna())
+                x = t_interval((wide[depth, arm] - wide[depth, rival]).dropna())
                 if not (x.low > _POINT or x.high < -_POINT): continue
                 better, worse = (arm, rival) if x.mean > 0 else (rival, arm)
                 lead = np.subtract(signals(better, depth), signals(worse, depth))
@@ -339,8 +339,8 @@ def _judge_gains(
     part:dict[str, pd.Series] | None=None, # gains, one of which beyond half a point is enough for a part
 ) -> Judgement:
     "`grade` of the conditions; the value is the first one's."
-    found = {name: mean_interval(each.gains) for name, each in conditions.items()}
-    further = {name: mean_interval(x) for name, x in (part or {}).items()}
+    found = {name: t_interval(each.gains) for name, each in conditions.items()}
+    further = {name: t_interval(x) for name, x in (part or {}).items()}
     tests = [above(found[name], each.bound, each.room) for name, each in conditions.items()]
     verdict = grade(*tests, part=some(above(x, _POINT) for x in further.values()))
     why = '; '.join(_describe_gain(name, x) for name, x in {**found, **further}.items())
@@ -394,7 +394,7 @@ def judge_predictor(runs:pd.DataFrame) -> Judgement:
     fitted, tested = pairs[pairs['family'] == 'mlp'], pairs[pairs['family'] != 'mlp']
     if fitted.empty or tested.empty: raise MissingRuns('pairs of arms with a clear difference')
     cells = hit_rates(tested, fit_predictor(fitted))
-    x = mean_interval(cells['hits'])
+    x = t_interval(cells['hits'])
     why = (f'{x.mean:.0%} ({x.low:.0%} to {x.high:.0%}) of {len(tested)} pairs, as a mean over '
            f'{len(cells)} networks and depths.')
     return Judgement(*x, len(tests), grade(above(x, 0.5, 0.25)), why)
@@ -436,7 +436,7 @@ def plot_depth_accuracy(
     ax = new_axes(ax, title=FAMILIES[family].label, xlabel='steps' if family == 'rnn' else 'hidden layers')
     for arm in [arm for arm in arms if arm in wide.columns.get_level_values('arm')]:
         part = wide.xs(arm, axis=1, level='arm').sort_index(axis=1)
-        ends = pd.DataFrame({n: mean_interval(x.dropna()) for n, x in part.items()}, Interval._fields).T
+        ends = pd.DataFrame({n: t_interval(x.dropna()) for n, x in part.items()}, Interval._fields).T
         ax.plot(ends.index, ends['mean'], color=colour(arm), marker=marker(arm), label=label(arm))
         ax.fill_between(ends.index, ends['low'], ends['high'], color=colour(arm), **BAND)
     ax.set_xscale('log', base=2)
@@ -496,8 +496,8 @@ def decision_chart(
         mean = 100 * wide.T.groupby(level='arm').mean().T
         plain = mean.drop(columns='relu_batch_norm', errors='ignore')
         best = plain.mean().idxmax()
-        lead = mean_interval(plain[best] - plain['relu'])
-        close = [arm for arm in plain if mean_interval(plain[best] - plain[arm]).low <= 100 * _POINT]
+        lead = t_interval(plain[best] - plain['relu'])
+        close = [arm for arm in plain if t_interval(plain[best] - plain[arm]).low <= 100 * _POINT]
         norm = mean.get('relu_batch_norm', pd.Series(dtype=float)) - mean['relu']
         rows.append(dict(network=network, use=label(best if lead.low > 100 * _POINT else 'relu'),
                          best=label(best), gain=lead.mean, low=lead.low, high=lead.high,
