@@ -105,7 +105,7 @@ def null_layers(config, arm, layer, iteration) -> dict:
     return dict(mean=5 + swing, std=std, inactive=0.5, near=near, gradient_rms=1.0)
 
 
-def torn_layers(config, arm, layer, iteration) -> dict:
+def disagreeing_layers(config, arm, layer, iteration) -> dict:
     "Two seeds as the paper tells it, one not."
     return (paper_layers if config.seed else null_layers)(config, arm, layer, iteration)
 
@@ -167,7 +167,7 @@ def null_world(): return world(null_epochs, null_layers)
 @pytest.fixture(scope='module')
 def judged(paper_world, null_world):
     "The verdicts in each world, a column each."
-    worlds = {'paper': paper_world, 'null': null_world, 'open': world(open_epochs, torn_layers),
+    worlds = {'paper': paper_world, 'null': null_world, 'open': world(open_epochs, disagreeing_layers),
               'late': world(null_epochs, late_layers)}
     worlds |= {name: mixed(test) for name, test in MIXTURES.items()}
     return pd.DataFrame({name: c.judge(each, claims=some(*FROM_RUNS)).set_index('id')['verdict']

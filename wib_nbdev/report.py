@@ -469,7 +469,7 @@ def _speeds(evidence: Evidence) -> dict[str, Any]:
     return dict(results=select(evidence.main, arm=list(PAPER_ARMS)))
 
 def _rates(evidence: Evidence) -> dict[str, Any]:
-    grid = select(evidence.results, arm=list(PAPER_ARMS), valid='holdout', **evidence.shape())
+    grid = select(evidence.results, arm=list(PAPER_ARMS), valid='holdout', **evidence.shared_fields())
     if grid.runs.empty: raise MissingRuns('runs at several learning rates, validated on held-out images')
     return dict(results=grid)
 
