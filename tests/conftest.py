@@ -47,11 +47,6 @@ def fresh_compiler():
     if 'torch._dynamo' in sys.modules: sys.modules['torch'].compiler.reset()
 
 
-@pytest.fixture(scope='session')
-def root() -> Path:
-    "The checkout."
-    return ROOT
-
 
 @pytest.fixture(scope='session')
 def history() -> None:

@@ -6,6 +6,7 @@ import runpy
 import sys
 import warnings
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -450,12 +451,12 @@ def test_plots_draw_what_they_are_given():
     plt.close('all')
 
 
-def test_the_benchmark_runs(root, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     arguments = '--threads 1 --rounds 1 --steps 1 --activations relu --variants recorder'.split()
     arguments += ['--root', tmp_path, '--out', tmp_path / 'recorder.json']
     monkeypatch.setattr(sys, 'argv', ['recorder.py', *map(str, arguments)])
     threads = torch.get_num_threads()
-    try: runpy.run_path(str(root / 'benchmarks/recorder.py'), run_name='__main__')
+    try: runpy.run_path(str(Path(__file__).parents[1] / 'benchmarks/recorder.py'), run_name='__main__')
     finally: torch.set_num_threads(threads)
     rows = pd.read_json(tmp_path / 'recorder.json', typ='series')['rows']
     assert [row['variant'] for row in rows] == ['no statistics', 'recorder']

@@ -5,6 +5,7 @@ import json
 import re
 from configparser import ConfigParser
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,6 +15,8 @@ from wib_nbdev.claims import CLAIMS, NOTHING, judge
 from wib_nbdev.plan import MAIN, PAPER_ARMS
 from wib_nbdev.statistics import MIN_PAIRS, effect_in_words, paired_differences, select
 from wib_nbdev.sweep import load_results
+
+ROOT = Path(__file__).parents[1]
 
 STATES = ('better', 'worse', 'equal', 'undecided')
 LABELS = ('Fashion-MNIST', 'CIFAR-10')
@@ -238,14 +241,14 @@ def test_pictures_are_drawn_or_name_the_runs_that_they_lack(page, theory):
     assert all(len(attrs['aria-label']) > 15 for attrs in Page(page).all('svg'))
 
 
-def test_links_lead_to_what_makes_a_picture(root):
+def test_links_lead_to_what_makes_a_picture():
     facts = ConfigParser(delimiters=['='])
-    facts.read(root / 'settings.ini', encoding='utf-8')
+    facts.read(ROOT / 'settings.ini', encoding='utf-8')
     assert facts['DEFAULT']['git_url'] == report.PROJECT
     assert facts['DEFAULT']['doc_host'] + facts['DEFAULT']['doc_baseurl'] == report.SITE
     for picture in report.PICTURES:
         module = picture.make.__module__.removeprefix('wib_nbdev.')
-        cells = json.loads((root / f'nbs/{report.NOTEBOOKS[module]}.ipynb').read_text())['cells']
+        cells = json.loads((ROOT / f'nbs/{report.NOTEBOOKS[module]}.ipynb').read_text())['cells']
         assert any(f'def {picture.make.__name__}(' in ''.join(cell['source']) for cell in cells)
         assert picture.make.__name__ in importlib.import_module(f'wib_nbdev.{module}').__all__
 

@@ -41,7 +41,7 @@ def git(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def lacking(results: Results) -> set[str]:
+def missing_keys(results: Results) -> set[str]:
     "The keys of the plan that the results lack; the best rates follow from the rest."
     planned = {config.key for config in full_plan()}
     held = set(results.runs['key'])
@@ -182,7 +182,7 @@ def curves(results: Results) -> pd.DataFrame:
 def publish() -> None:
     "Makes results_next/ the results of the package."
     results = load_results(NEXT)
-    if missing := lacking(results):
+    if missing := missing_keys(results):
         sys.exit(f'{len(missing)} of the planned runs are missing: run and merge first')
     check_provenance(set(results.runs['commit']))
     write_results(results, PACKAGE)
@@ -224,7 +224,7 @@ def main() -> None:
         if lost: sys.exit(f'{options.store} lacks {len(lost)} runs of {NEXT.name}/; `run` restores them')
     write_results(results, NEXT)
     print(f'{len(results.runs)} runs are in {NEXT.relative_to(ROOT)}, '
-          f'{len(lacking(results))} of the plan are missing')
+          f'{len(missing_keys(results))} of the plan are missing')
 
 
 if __name__ == '__main__': main()
