@@ -225,6 +225,8 @@ def test_layouts(x):
     (lambda: wib_relu(torch.ones(2, dtype=torch.int32)), RuntimeError, 'Float'),
     (lambda: WIBReLU(CHANNELS)(images(2, 4, 5, 5)), RuntimeError, r'\(4\)|\[2, 4, 5, 5\]'),
     (lambda: ZeroMean(lambda z: z.softmax(0)), ValueError, 'elementwise'),
+    (lambda: ZeroMean(lambda z: 0 * z, unit_variance=True), ValueError, 'is constant at preact_std=1.0'),
+    (lambda: ZeroMean(lambda z: z.clamp(9, 10) / 3, unit_variance=True), ValueError, 'is constant'),
 ])
 def test_what_is_wrong_is_an_error(call, kind, message):
     with pytest.raises(kind, match=message): call()

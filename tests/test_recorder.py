@@ -33,6 +33,7 @@ from wib_nbdev.recorder import (
     plot_near_zero,
     plot_updates,
 )
+from wib_nbdev.surgery import FoldedWIBReLU
 
 ALL = tuple(NEAR_ZERO)
 SEVEN = ['conv1', 'conv2', 'conv3', 'conv4', 'pool', 'flatten', 'dense']
@@ -125,6 +126,25 @@ def test_an_inplace_activation_is_counted_before_it_runs():
     x = torch.randn(200, generator=seeded())
     model = nn.Sequential(nn.Identity(), nn.Threshold(0.0, 5.0, inplace=True)) # its output hides the sign
     assert record(model, x.clone(), layers=['1'])['inactive'].item() == (x <= 0).double().mean()
+
+
+@pytest.mark.parametrize('shift', [torch.tensor(0.7), torch.linspace(0, 0.7, 8)], ids=['one', 'channels'])
+def test_folding_a_shift_changes_no_share_of_inactive_or_dead(shift):
+    folded, unit = FoldedWIBReLU(shift), WIBReLU(shift)
+    z = torch.randn(50, 8, generator=seeded()) - torch.linspace(0, 3, 8)
+    z[0] = 0 # exactly 0 is inactive
+    for look, column in ((record, 'inactive'), (dead_units, 'dead')):
+        assert look(folded, z - shift)[column].item() == look(unit, z)[column].item() > 0
+
+
+def test_an_input_that_is_passed_by_name_is_an_input():
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+        def forward(self, x): return self.act(input=x)
+    x = torch.tensor([[-1.0, 1, 2], [-1, -1, 2]])
+    assert record(Names(), x)['inactive'].item() == 0.5 and dead_units(Names(), x)['dead'].item() == 1 / 3
 
 
 def test_an_activation_shared_by_two_layers_counts_for_each_alone():
@@ -335,6 +355,12 @@ def test_histograms_are_those_of_histc():
     with ActivationRecorder(model := nn.Identity(), histogram=True, value_range=(0, 40)) as recorder:
         model(torch.tensor([0.0, 0.5, 1.0, 40.0])) # the last bin has its upper end
     assert recorder.histogram_frame('').to_numpy()[0, [0, 1, -1]].tolist() == [0.5, 0.25, 0.25]
+
+
+def test_a_layer_that_was_not_recorded_has_an_empty_histogram():
+    with ActivationRecorder(small_model(), histogram=True) as recorder: pass
+    assert recorder.histogram_frame('1').shape == (0, 40)
+    with pytest.raises(ValueError, match="layer='one'"): recorder.histogram_frame('one')
 
 
 def test_updates_are_measured_from_the_weights():

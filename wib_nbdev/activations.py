@@ -271,7 +271,8 @@ class ZeroMean(nn.Module):
     Raises
     ------
     ValueError
-        If fn is not elementwise, or has no finite second moment (from `gaussian_moments`).
+        If fn is not elementwise, or has no finite second moment (from `gaussian_moments`); with
+        `unit_variance`, if it is constant.
 
     Examples
     --------
@@ -284,6 +285,8 @@ class ZeroMean(nn.Module):
     ) -> None:
         super().__init__()
         moments = gaussian_moments(fn, preact_std)
+        if unit_variance and moments.var <= 1e-12 * moments.second_moment:
+            raise ValueError(f'fn={fn!r}: is constant at preact_std={preact_std!r}; it has no unit variance')
         self.fn, self.preact_std = fn, preact_std
         self.scale = 1 / math.sqrt(moments.var) if unit_variance else 1.0
         self.register_buffer('shift', torch.tensor(moments.mean))

@@ -30,7 +30,7 @@ def relu_moments(
     preact_std:float=1.0, # standard deviation of the pre-activation, whose mean is 0
 ) -> Moments:
     "The moments of relu(z), z ~ N(0, preact_std^2), in closed form (Eq. 03.1)."
-    mean, second_moment = preact_std / math.sqrt(2 * math.pi), preact_std**2 / 2
+    mean, second_moment = abs(preact_std) / math.sqrt(2 * math.pi), preact_std**2 / 2
     return Moments(mean, second_moment - mean**2, second_moment)
 
 # %% ../nbs/03_mean_shift.ipynb #c805b492

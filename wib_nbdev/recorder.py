@@ -10,6 +10,7 @@ __all__ = ['NEAR_ZERO', 'FIGURE_NEAR_ZERO', 'ACTIVATION_TYPES', 'LAYER_COLOURS',
 # %% ../nbs/lib/recorder.ipynb #7a1c9a94
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from math import inf
@@ -204,7 +205,7 @@ class ActivationRecorder:
         activations = {name: activation_of(layer) for name, layer in modules.items()}
         self._handles = [self._model.register_forward_pre_hook(self._begin)]
         for activation in {a for a in activations.values() if a is not None}:
-            self._handles.append(activation.register_forward_pre_hook(self._before))
+            self._handles.append(activation.register_forward_pre_hook(self._before, with_kwargs=True))
         for name, layer in modules.items():
             self._handles.append(layer.register_forward_hook(partial(self._after, name, activations[name])))
         self._handles.append(self._model.register_forward_hook(self._end))
@@ -226,11 +227,13 @@ class ActivationRecorder:
         weights = model.named_parameters() if wanted and self.updates else ()
         self._weights = {name: weight.detach().clone() for name, weight in weights if weight.dim() > 1}
 
-    def _before(self, activation:nn.Module, args:Any) -> None:
+    def _before(self, activation:Any, args:Any, kwargs:Any) -> None:
         if self._pass is None: return
-        x = _flat(args[0]) if args else torch.empty(0)
-        inactive = (x <= 0).sum() if x.is_cuda else self._count(np.less_equal, x, 0)
-        self._inputs[activation] = len(x), inactive
+        x = [*args, *kwargs.values()][0]
+        if hasattr(activation, 'inactive'): inactive = activation.inactive(x.detach()).sum()
+        elif x.is_cuda: inactive = (x <= 0).sum()
+        else: inactive = self._count(np.less_equal, _flat(x), 0)
+        self._inputs[activation] = x.numel(), inactive
 
     def _after(self, name:str, activation:nn.Module | None, layer:nn.Module, args:Any, output:Any) -> None:
         if self._pass is None: return
@@ -313,7 +316,8 @@ class ActivationRecorder:
     ) -> pd.DataFrame:
         "The share of a layer's values in each bin: a row for each iteration, a column for each bin's centre."
         if not self._bins: raise RuntimeError('histogram_frame(): the recorder needs histogram=True')
-        table = self._table().xs(one_of(layer, self.layers, 'layer'), level='layer')
+        table = self._table().reset_index('layer')
+        table = table[table['layer'] == one_of(layer, self.layers, 'layer')]
         shares = np.diff(table[self._bins].to_numpy(float)) / table[['n']].to_numpy(float)
         centres = pd.Index((np.array(self.bin_edges[:-1]) + self.bin_edges[1:]) / 2, name='value')
         return pd.DataFrame(shares, table.index, centres)
@@ -414,21 +418,21 @@ def dead_units(
     """layer, n_units, dead: the share of units whose pre-activation is never above 0, over all inputs and
     positions, in evaluation mode. `ValueError` for a layer without an activation, or for no input."""
     found = {name: activation_of(layer) for name, layer in find_layers(model, layers).items()}
-    greatest: dict[str, Tensor] = {}
-    def look(name: str, module: nn.Module, args: Any) -> None:
-        most = args[0].detach().movedim(unit_dim, 0).flatten(1).amax(1)
-        greatest[name] = torch.maximum(greatest[name], most) if name in greatest else most
-    modes, handles = {module: module.training for module in model.modules()}, []
-    try:
+    dead: dict[str, Tensor] = {}
+    def look(name: str, module: Any, args: Any, kwargs: Any) -> None:
+        x = [*args, *kwargs.values()][0]
+        off = module.inactive(x) if hasattr(module, 'inactive') else x <= 0
+        never_on = off.movedim(unit_dim, 0).flatten(1).all(1)
+        dead[name] = dead.get(name, never_on) & never_on
+    with ExitStack() as stack:
         for name, act in found.items():
-            if act is not None: handles.append(act.register_forward_pre_hook(partial(look, name)))
-            elif layers: raise ValueError(f'layers: {name!r} has no activation at its end')
+            if act is None and layers: raise ValueError(f'layers: {name!r} has no activation at its end')
+            if act is None: continue
+            stack.callback(act.register_forward_pre_hook(partial(look, name), with_kwargs=True).remove)
+        for module in model.modules(): stack.callback(setattr, module, 'training', module.training)
         model.eval()
         for batch in batches.split(512) if isinstance(batches, Tensor) else batches:
             model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    finally:
-        for handle in handles: handle.remove()
-        for module, mode in modes.items(): module.training = mode
-    if not greatest: raise ValueError('batches: must hold at least one input that reaches an activation')
-    rows = [(name, len(most), (most <= 0).double().mean().item()) for name, most in greatest.items()]
+    if not dead: raise ValueError('batches: must hold at least one input that reaches an activation')
+    rows = [(name, len(units), units.double().mean().item()) for name, units in dead.items()]
     return pd.DataFrame(rows, columns=['layer', 'n_units', 'dead'])

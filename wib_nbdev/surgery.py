@@ -137,7 +137,8 @@ def _find_calls(
         called, text = _look_up(call.func, names), ast.unparse(call.func)
         parameters = getattr(getattr(called, '__code__', None), 'co_varnames', ())
         given = dict(zip(parameters, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
-        inplace = _look_up(given.get('inplace', ast.Constant(False)), names)
+        asked = given.get('inplace', ast.Constant(False))
+        inplace = None if 'training' in ast.unparse(asked) else _look_up(asked, names)
         path, name = '', text.rpartition('.')[2]
         own = text.partition('.')[2] if text.startswith(f'{fn.__code__.co_varnames[0]}.') else ''
         is_function = any(called is each for each in functions)
@@ -299,7 +300,9 @@ def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[
     methods, sites, report, seen = _methods(before[0]), before[1], _Rows(), set[str]()
     for method, fn in methods.items():
         names, new, rows = _code_names(fn), list[_Site](), _Rows()
-        named = names.intersection(functions.values())
+        space = inspect.unwrap(fn).__globals__
+        named = {name for name in names
+                 if name in functions.values() or any(space.get(name) is each for each in functions)}
         if not named and not names & {*part._modules, *vars(part)}: continue
         try:
             calls = _find_calls(method, inspect.unwrap(fn), part, functions, old)
@@ -317,7 +320,8 @@ def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[
             if new: _rewritten(fn, tuple(new))
             sites = (*sites, *new)
         except ValueError as error:
-            if named and not rows: rows = [_row(name, min(named), '', f'{fn.__module__}: {fn.__qualname__}')]
+            source = f'{fn.__module__ or "made by exec"}: {fn.__qualname__}'
+            if named and not rows: rows = [_row(name, min(named), '', source)]
             rows = [{**row, 'name': name, 'note': str(error), 'place': None} for row in rows]
         report += rows
     return report, None if sites == before[1] else _swapped_class(before[0], sites)
@@ -373,8 +377,10 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
     """
     _check_model(model)
     make: Any = partial(make_activation, new) if isinstance(new, str) else new
-    if isinstance(make, nn.Module) or not callable(make):
-        raise TypeError(f'new={new!r}: must be a name, or return a new module at each call, as nn.SiLU does')
+    wrong = TypeError(f'new={new!r}: must be a name, or return a new module at each call, as nn.SiLU does')
+    if isinstance(make, nn.Module) or not callable(make): raise wrong
+    if not (isinstance(old, type) and issubclass(old, nn.Module)):
+        raise TypeError(f'old={old!r}: must be a class of modules, such as nn.ReLU')
     functions, modules = _functions_of(old), dict(model.named_modules())
     there = [name for name, part in modules.items() if name and isinstance(part, ACTIVATION_TYPES)]
     inside = tuple(f'{name}.' for name in there)
@@ -384,12 +390,13 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
     children = {id(part._modules[key]) for part, key in places if key in part._modules}
     plans = {name: _plan_calls(name, part, functions, children) for name, part in parts.items()}
     report = [row for name in parts for row in rows[name] + plans[name][0]]
-    if not any(row['place'] for row in report):
+    found = [row for row in report if row['place']]
+    if not found:
         reasons = '; '.join(f"{row['name'] or 'the model'}: {row['note']}" for row in report)
         raise ValueError(f'model: no {old.__name__} inside of it can be swapped; {reasons or "it has none"}')
-    with torch.random.fork_rng(devices=[]): units = [make() if row['place'] else None for row in report]
-    for row, unit in zip(report, units, strict=True):
-        if unit is not None: _put(row, unit, model)
+    with torch.random.fork_rng(devices=[]): units = [make() for _ in found]
+    if not all(isinstance(unit, nn.Module) for unit in units) or len({*units}) < len(units): raise wrong
+    for row, unit in zip(found, units, strict=True): _put(row, unit, model)
     for name, part in parts.items():
         if plans[name][1]: part.__class__ = plans[name][1]
         layers = part.layers if isinstance(part, nn.TransformerEncoder) else ()
@@ -601,10 +608,13 @@ def _run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping): return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
-def _batches(batch: Any) -> Iterable[Any]:
+def _batches(batch: Any) -> Iterator[Any]:
     "The batches: the argument itself, or what an iterable yields; from (inputs, labels), the inputs."
-    if isinstance(batch, (Tensor, Mapping, tuple, list)): return [batch]
-    return (each[0] if isinstance(each, (tuple, list)) else each for each in batch)
+    is_one, is_empty = isinstance(batch, (Tensor, Mapping, tuple, list)), True
+    for each in [batch] if is_one else batch:
+        yield each[0] if not is_one and isinstance(each, (tuple, list)) else each
+        is_empty = False
+    if is_empty: raise ValueError('batch: yields no batch')
 
 # %% ../nbs/lib/surgery.ipynb #9d67b7a6
 class FoldedWIBReLU(WIBReLU):
@@ -624,6 +634,10 @@ class FoldedWIBReLU(WIBReLU):
         floor = -self.shift.to(x)
         if not self.shift.dim(): return torch.maximum(x, floor)
         return torch.maximum(x.movedim(1, -1), floor).movedim(-1, 1)
+
+    def inactive(self, x: Tensor) -> Tensor:
+        "Where the ReLU is off: its pre-activation is x + shift."
+        return x <= self.forward(torch.full_like(x, -math.inf))
 
 def _is_unit(module: Any) -> bool:
     "Whether `calibrate` sets the shift of a module."
@@ -684,7 +698,8 @@ class _Calibration(_Watch):
         try: layer, = {self.owner(step, tensor) for tensor in tensors}
         except ValueError: return dict(note='not scaled: its input is not made by a layer that only it uses')
         if not std or isinstance(call.module, ZeroMean) or not all(each.requires_grad for each in tensors):
-            return dict(note=f'not scaled: {self.names[layer]} is frozen, or no scale helps')
+            reasons = f'{self.names[layer]} is frozen, the unit is no ReLU, or its output is constant'
+            return dict(note=f'not scaled: {reasons}')
         scale = 1.0 if abs(1 / std - 1) < 1e-4 else 1 / std  # as good as rounding allows
         self.kept += [(tensor, tensor.clone()) for tensor in tensors if scale != 1]
         for tensor in tensors: tensor.mul_(scale)
@@ -791,9 +806,10 @@ class _Diagnosis(_Watch):
         return output
 
     def before(self, call: _Call, x: Tensor) -> None:
-        off = call.module(x) > x if isinstance(call.module, FoldedWIBReLU) else x <= 0
-        row = dict(layer=call.name, type=call.kind, source=call.source, note=call.note)
-        self.rows.append({**row, 'inactive': off.sum().item()})
+        off = call.module.inactive(x) if isinstance(call.module, FoldedWIBReLU) else x <= 0
+        seen = not call.kind.startswith('rnn_')  # whose pre-activations are inside of the kernel
+        self.rows.append(dict(layer=call.name, type=call.kind, source=call.source, note=call.note,
+                              inactive=off.sum().item() if seen else math.nan))
 
     def after(self, call: _Call, output: Tensor) -> None:
         a = output.to(torch.float32 if output.device.type == 'mps' else torch.float64)
@@ -829,8 +845,8 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
     -------
     DataFrame
         layer, type, calls, mean, std (population), second_moment, near_zero (share with |a| < 0.5), inactive
-        (share of pre-activations <= 0, where a ReLU has no gradient), advice, source (the line where a
-        function is called). The last row is what the model puts out.
+        (share of pre-activations <= 0, where a ReLU has no gradient; NaN where a fused kernel hides them),
+        advice, source (the line where a function is called). The last row is what the model puts out.
 
     Examples
     --------
@@ -839,7 +855,7 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
     """
     _check_model(model)
     watch = _Diagnosis(model)
-    with _undisturbed(model): watch.run(next(iter(_batches(batch))))
+    with _undisturbed(model): watch.run(next(_batches(batch)))
     groups = pd.DataFrame(watch.rows).groupby(['layer', 'type', 'source', 'note'], sort=False, as_index=False)
     frame = groups.sum(min_count=1)
     for column in ('mean', 'second_moment', 'near_zero', 'inactive'): frame[column] /= frame['n']
@@ -854,7 +870,7 @@ def _same(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
     "Whether outputs agree to half the digits of `eps`: the folded sums are rounded differently."
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]: return False
     for b, a in zip(before, after, strict=True):
-        finite = b[b.isfinite()].abs() if b.is_floating_point() else b[:0]
+        finite = b[b.isfinite()].abs() if b.is_floating_point() else b.new_empty(0)
         atol = math.sqrt(eps) * finite.max().item() if len(finite) else 0.0
         if not torch.allclose(a, b, rtol=0, atol=atol, equal_nan=True): return False
     return True
@@ -885,7 +901,8 @@ def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[], Callable
     layer: Any = watch.owner(step, step.weight if bias is None else bias)
     name = watch.names[layer]
     width = bias.numel() if bias is not None else getattr(layer, 'out_channels', layer.weight.shape[0])
-    if bias is None and 'bias' not in layer._parameters: raise ValueError(f'{name} has no place for a bias')
+    if bias is None and layer._parameters.get('bias', 0) is not None:
+        raise ValueError(f'{name} has no free place for a bias')
     if unit.shift.dim() and len(unit.shift) != width:
         raise ValueError(f'the shift has {len(unit.shift)} channels, {name} {width}')
     folded = FoldedWIBReLU(unit.shift.clone()).train(unit.training)
@@ -934,7 +951,7 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
     0    1     0    True
     """
     _check_model(model)
-    batch, watch, rows, folds = next(iter(_batches(batch))), _Watch(model), _Rows(), dict[int, Any]()
+    batch, watch, rows, folds = next(_batches(batch)), _Watch(model), _Rows(), dict[int, Any]()
     units = [module for module in watch.names if isinstance(module, WIBReLU)]
     if not units: raise ValueError('model: has no WIBReLU to fold')
     def look(watch: _Watch) -> list[Tensor]:
