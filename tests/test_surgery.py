@@ -102,7 +102,7 @@ class InPlace(Net):
 
 class Flow(Net):
     "Branches on data, loops, contexts, comprehensions, lambdas, functions inside, several ways out."
-    units = 5 + 6
+    units = 5 + 7
     def forward(self, x, scale=1, *more, shift=None):
         if shift is not None: x = nnf.relu(x + shift)
         while x.abs().max() > 4: x = x / 2
@@ -114,7 +114,7 @@ class Flow(Net):
         if x.sum() > 1e6: return inner(x)
         match len(parts):
             case 2: x = nnf.relu(x - 1)
-            case _: x = nnf.relu(x + 1)  # which of the two is run
+            case _: x = nnf.relu(x + 1)
         return sum(parts) + inner(first) + (nnf.dropout(x, 0.5) if self.training else x)
 
 
@@ -425,18 +425,6 @@ def hooked():
     return wrapped(module)
 
 
-def to_script(x: torch.Tensor) -> torch.Tensor: return torch.relu(x) + 1
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    in_script = torch.jit.script(to_script)
-
-
-class Scripted(Left):
-    def run(self, x): return in_script(x)
-
-
 LEFT = dict(
     helper=(Helps, 'is called outside of a module', 'return nnf.relu(x) - 1'),
     made=(Makes, 'is no child of the model: made in a forward, or kept in a list', 'return nn.ReLU()(x)'),
@@ -453,8 +441,7 @@ LEFT = dict(
     fused=(Recurrent, 'is a fused kernel', ''),
     hooks=(hooked, 'carries hooks', ''),
     subclass=(lambda: wrapped(Special()), 'is a subclass of ReLU', ''),
-    replaced=(replaced, 'its encode was replaced', 'nnf.relu(self.a(x))'),
-    script=(Scripted, 'runs in TorchScript', 'return in_script(x)'))
+    replaced=(replaced, 'its encode was replaced', 'nnf.relu(self.a(x))'))
 
 
 @pytest.mark.parametrize('make, reason, source', LEFT.values(), ids=LEFT)

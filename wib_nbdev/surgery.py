@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -55,16 +54,18 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"model: {name or 'it'} is compiled or scripted: pass the original module")
 
 def _has_hooks(part: nn.Module) -> bool:
-    hooks = [key for key in vars(part) if key.endswith('_hooks') and 'state_dict' not in key]
-    return any(vars(part)[key] for key in hooks)
+    return any(vars(part)[key] for key in vars(part) if key.endswith('_hooks') and 'state_dict' not in key)
 
 class _Site(NamedTuple):
-    "A call in a class that a swap rewrites."
+    "A call of the activation in a method, and what a swap puts in its place."
     method: str  # the attribute of the class
     number: int  # of the call, among those of the method
+    line: int
     text: str  # the call as it was written
-    target: str  # what is called in its place: an attribute of the module, such as 'relu_1'
+    name: str  # of the function or child that is called
+    path: str  # of the child, such as 'acts[0]'; '' for a function
     inplace: bool  # whether the result is assigned to the variable that the call overwrote
+    target: str = ''  # what is called in its place: an attribute of the module, such as 'relu_1'
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
     "A code, and the codes of what is defined inside of it."
@@ -121,19 +122,12 @@ def _is_method(call: ast.Call, functions: dict[Any, str], names: dict[str, Any])
     return call.func.attr in functions.values() and not callable(_look_up(call.func.value, names))
 
 # %% ../nbs/lib/surgery.ipynb #0aafccb1
-class _Found(NamedTuple):
-    "A call of the activation in a method."
-    node: ast.Call
-    path: str  # of the child that is called, or ''
-    name: str  # of the function or child
-    site: _Site  # without a target
-
 def _find_calls(
     method: str, fn: Any, part: nn.Module, functions: dict[Any, str], old: set[int],
-) -> list[_Found]:
+) -> list[_Site]:
     "The calls of the activation in a method, in order. `old` has the ids of the children that are replaced."
-    found, names = list[_Found](), _names_in(fn, part)
-    for number, call in enumerate(_calls(_tree(fn)[1])):
+    found, names, calls = list[_Site](), _names_in(fn, part), _calls(_tree(fn)[1])
+    for number, call in enumerate(calls):
         called, text = _look_up(call.func, names), ast.unparse(call.func)
         parameters = getattr(getattr(called, '__code__', None), 'co_varnames', ())
         given = dict(zip(parameters, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
@@ -148,21 +142,20 @@ def _find_calls(
         elif not _is_method(call, functions, names): continue
         if _argument(call) is None: continue
         if inplace is None: raise ValueError(f'only a run of {ast.unparse(call)} shows if it is in place')
-        site = _Site(method, number, ast.unparse(call), '', inplace or (name.endswith('_') and not path))
-        found.append(_Found(call, path, name, site))
-    return sorted(found, key=lambda each: (each.node.lineno, -len(each.site.text)))
+        inplace = inplace or (name.endswith('_') and not path)
+        found.append(_Site(method, number, call.lineno, ast.unparse(call), name, path, inplace))
+    return sorted(found, key=lambda each: (each.line, calls[each.number].col_offset))
 
-def _exclude(first: ast.Call, second: ast.Call, fn: Any) -> bool:
+def _exclude(first: int, second: int, fn: Any) -> bool:
     "Whether only one of two calls in a method is run: they are in different branches. `first` comes first."
-    for choice in ast.walk(_tree(inspect.unwrap(fn))[1]):
-        if not isinstance(choice, (ast.If, ast.IfExp, ast.Match)): continue
-        parts: list[Any] = choice.cases if isinstance(choice, ast.Match) else [choice.body, choice.orelse]
-        inside = [{each for one in (part if isinstance(part, list) else [part]) for each in ast.walk(one)}
-                  for part in parts]
+    node = _tree(inspect.unwrap(fn))[1]
+    one, other = (_calls(node)[number] for number in (first, second))
+    for choice in ast.walk(node):
+        if not isinstance(choice, (ast.If, ast.IfExp)): continue
+        body, rest = ({*ast.walk(ast.Tuple(part if isinstance(part, list) else [part]))}
+                      for part in (choice.body, choice.orelse))
         leaves = isinstance(choice, ast.If) and isinstance(choice.body[-1], (ast.Return, ast.Raise))
-        if leaves and first in inside[0] and second not in {*ast.walk(choice)}: return True
-        if any(first in one and second in other for one in inside for other in inside if one is not other):
-            return True
+        if one in body and (other in rest or (leaves and other not in body)): return True
     return False
 
 # %% ../nbs/lib/surgery.ipynb #f55e8919
@@ -273,25 +266,24 @@ def _runs_over_children(part: nn.Module, methods: dict[str, Any], reached: list[
         reached += [each for each in methods if each in names and each not in reached]
     return isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
-def _free_name(part: nn.Module, call: _Found, taken: set[str]) -> str:
+def _free_name(part: nn.Module, call: _Site, taken: set[str]) -> str:
     "A name that a module does not have: relu_1 for the first function, act_2 for a second call of self.act."
     base = re.sub(r'\W+', '_', call.path or call.name).strip('_')
     names = (f'{base}_{n}' for n in count(2 if call.path else 1))
     return next(name for name in names if not hasattr(part, name) and name not in taken)
 
-def _assign(part: nn.Module, calls: list[_Found], fn: Any, seen: set[str]) -> Iterator[tuple[_Found, bool]]:
+def _assign(part: nn.Module, calls: list[_Site], fn: Any, seen: set[str]) -> Iterator[tuple[_Site, bool]]:
     """Gives each call in a method its target, and says whether that is a new unit. Calls of which only one is
     run share a unit."""
-    groups = list[list[_Found]]()
+    groups: dict[str, list[_Site]] = {}
     for call in calls:
-        group = next((group for group in groups if group[0].path == call.path
-                      and all(_exclude(each.node, call.node, fn) for each in group)), [])
-        first = bool(call.path) and call.path not in seen
-        target = group[0].site.target if group else call.path if first else _free_name(part, call, seen)
+        target = next((target for target, group in groups.items() if group[0].path == call.path
+                       and all(_exclude(each.number, call.number, fn) for each in group)), '')
+        is_new = not target and (not call.path or call.path in seen)
+        target = target or (_free_name(part, call, seen) if is_new else call.path)
         seen |= {call.path, target}
-        group.append(call._replace(site=call.site._replace(target=target)))
-        if len(group) == 1: groups.append(group)
-        yield group[-1], len(group) == 1 and not first
+        groups.setdefault(target, []).append(call)
+        yield call._replace(target=target), is_new
 
 def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[int]) -> tuple[_Rows, Any]:
     """Rows for the calls of the activation in the code of a module, and the class that it gets for them,
@@ -306,14 +298,13 @@ def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[
         if not named and not names & {*part._modules, *vars(part)}: continue
         try:
             calls = _find_calls(method, inspect.unwrap(fn), part, functions, old)
-            calls = [call for call in calls if not any(call.site[:2] == site[:2] for site in sites)]
-            for call, is_new in _assign(part, calls, fn, seen):
-                site, path = call.site, call.path
-                if site.target != path or site.inplace or 'input=' in site.text: new.append(site)
+            calls = [call for call in calls if call[:2] not in {site[:2] for site in sites}]
+            for site, is_new in _assign(part, calls, fn, seen):
+                if site.target != site.path or site.inplace or 'input=' in site.text: new.append(site)
                 if not is_new: continue
-                note = ', '.join(['was a further call'] * bool(path) + ['was in place'] * site.inplace)
-                source = f'{fn.__module__}, line {call.node.lineno}: {site.text}'
-                rows.append(_row(f'{name}.{site.target}', call.name, note, source, (part, site.target)))
+                note = ', '.join(['was a further call'] * bool(site.path) + ['was in place'] * site.inplace)
+                source = f'{fn.__module__}, line {site.line}: {site.text}'
+                rows.append(_row(f'{name}.{site.target}', site.name, note, source, (part, site.target)))
             runs = [each for each in ('forward', method) if each in methods]
             if rows and _runs_over_children(part, methods, runs): raise ValueError(_OVER_CHILDREN)
             if new and method in vars(part): raise ValueError(f'its {method} was replaced: swap before that')
@@ -433,25 +424,11 @@ _LAYERS: dict[Any, tuple[int, int]] = {  # where weight and bias stand among the
     F.layer_norm: (2, 3), F.group_norm: (2, 3), F.batch_norm: (3, 4), F.instance_norm: (3, 4)}
 _ACTIVATIONS = {fn: name.rstrip('_') for old in _NAMES for fn, name in _functions_of(old).items()} | {
     getattr(torch, f'rnn_{name}{cell}'): f'rnn_{name}' for name in ('relu', 'tanh') for cell in ('', '_cell')}
-_READS = {'item', 'tolist', 'numpy', '__bool__', '__float__', '__int__', '__index__', '__array__'}
 
 def _tensors(*trees: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 def _version(tensor: Tensor) -> int: return 0 if tensor.is_inference() else tensor._version
-
-class _Kernels(TorchDispatchMode):
-    "Reports to a watch the ReLUs that are no call of a torch function: those in TorchScript."
-    def __init__(self, watch: Any) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def run() -> Any: return func(*args, **(kwargs or {}))
-        is_relu = func.overloadpacket in (torch.ops.aten.relu, torch.ops.aten.relu_)
-        if self.watch.busy or not is_relu: return run()
-        call = self.watch.place('relu', sys._getframe(1))._replace(note='runs in TorchScript')
-        return self.watch.activation(call, args[0], run)
 
 # %% ../nbs/lib/surgery.ipynb #77118123
 class _Watch(TorchFunctionMode):
@@ -481,9 +458,9 @@ class _Watch(TorchFunctionMode):
         "Runs the model once; returns its output tensors."
         self.values: Any = WeakTensorKeyDictionary()
         self.calls: dict[Any, list[_Step]] = defaultdict(list)  # of each activation
-        self.written: list[tuple[Any, _Value, int]] = []  # units that were in place, their input, its readers
         self.marks: list[Tensor] = []
         self.busy, self.eps = 0, 0.0  # how deep in activations; the coarsest precision of what is computed
+        torch.clear_autocast_cache()  # else weights that were cached earlier would be used
         with ExitStack() as stack:
             for module, name in self.names.items():
                 if _has_hooks(module):
@@ -492,7 +469,6 @@ class _Watch(TorchFunctionMode):
                 if not isinstance(module, ACTIVATION_TYPES): continue
                 stack.callback(module.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self.leave).remove)
-            stack.enter_context(_Kernels(self))
             stack.enter_context(self)
             output = _run(self.model, batch)
         self.read('the output of the model', output)
@@ -502,12 +478,10 @@ class _Watch(TorchFunctionMode):
         self.busy += 1
         if self.busy > 1: return None  # one activation inside of another
         x, call = [*args, *kwargs.values()][0], _Call(self.names[module], type(module).__name__, module)
-        step = _Step(call.name, [self.value(x)], [])
+        whole = [each for each in (x, x._base) if each is not None]  # with what x is a view of
+        step = _Step(call.name, [self.value(each) for each in whole], [])
         self.calls[module].append(step)
-        step.given[0].readers.append(step)
-        for tensor in (x, x._base) if hasattr(module, '_was_in_place') else ():
-            if tensor is None: continue
-            self.written.append((module, self.value(tensor), len(self.value(tensor).readers)))
+        for value in step.given: value.readers.append(step)
         new = self.before(call, x)
         return None if new is None else ((new,), {})
 
@@ -535,7 +509,7 @@ class _Watch(TorchFunctionMode):
         else: output = self.activation(self.place(_ACTIVATIONS[func], sys._getframe(1)), given[0], run)
         changed = [each for each, version in zip(given, versions, strict=True) if _version(each) != version]
         made = [tensor for tensor in _tensors(output) if not any(tensor is each for each in given)]
-        if made or changed or func.__name__ in _READS:  # else it only passes a tensor on, or reads a shape
+        if made or changed:  # else it only passes a tensor on, or reads a shape
             self.note(func, args, kwargs or {}, [self.value(tensor) for tensor in given], [*made, *changed])
         return output
 
@@ -579,8 +553,9 @@ class _Watch(TorchFunctionMode):
 
     def overwritten(self, unit: nn.Module) -> str:
         "A note if a unit was in place and its input is read again."
-        again = any(each is unit and len(value.readers) > n for each, value, n in self.written)
-        return 'was in place: its input is read again, now without the activation' if again else ''
+        again = any(value.readers[-1] is not step for step in self.calls[unit] for value in step.given)
+        if not again or not hasattr(unit, '_was_in_place'): return ''
+        return 'was in place: its input is read again, now without the activation'
 
 # %% ../nbs/lib/surgery.ipynb #6a44962d
 @contextmanager
@@ -590,13 +565,11 @@ def _undisturbed(model: nn.Module, training: bool = True) -> Iterator[None]:
     kept = [(part, dict(vars(part)), [(key, each, each.clone()) for key, each in part._buffers.items()
                                       if each is not None]) for part in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == 'cuda'})
-    caching = torch.is_autocast_cache_enabled()
     try:
         for part, *_ in kept: part.training = training and part.training and isinstance(part, _NormBase)
-        torch.set_autocast_cache_enabled(False)  # else weights that were cached earlier would be used
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices): yield
     finally:
-        torch.set_autocast_cache_enabled(caching)
+        torch.clear_autocast_cache()
         for part, state, buffers in kept:
             vars(part).clear()
             vars(part).update(state)
@@ -789,7 +762,6 @@ def calibrate(model: nn.Module, batch: Any, per_channel: bool = False, gain: boo
             for tensor, value in work.kept: tensor.copy_(value)
             raise
         for unit, shift in shifts.items(): _set_shift(unit, shift)
-        torch.clear_autocast_cache()
     return work.report(units)
 
 # %% ../nbs/lib/surgery.ipynb #e3004fac
@@ -798,10 +770,9 @@ class _Diagnosis(_Watch):
     def run(self, batch: Any) -> list[Tensor]:
         self.rows: _Rows = []
         output = super().run(batch)
-        whole = dict(layer='(output)', type=type(self.model).__name__, source='', note='', inactive=math.nan)
-        for tensor in output:
-            if not tensor.is_floating_point(): continue
-            self.rows.append({**whole})
+        for tensor in filter(Tensor.is_floating_point, output):
+            self.rows.append(dict(layer='(output)', type=type(self.model).__name__, source='', note='',
+                                  inactive=math.nan))
             self.after(_Call('', ''), tensor)
         return output
 
@@ -889,13 +860,12 @@ def _layer_before(value: _Value, reader: _Step) -> _Step:
         except ValueError as error: reasons.append(str(error).replace('its input', 'a term of its input'))
     raise ValueError('; '.join(reasons[1:] or reasons))
 
-def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[], Callable[[], None]]]:
+def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[ExitStack], None]]:
     """The name of the layer whose bias takes the shift, and the function that moves it. A `ValueError` says
     why there is none."""
     steps = watch.calls[unit]
     if isinstance(unit, FoldedWIBReLU): raise ValueError('is folded already')
     if len(steps) != 1: raise ValueError(f'is called {len(steps)} times')
-    if _has_hooks(unit): raise ValueError('carries hooks')
     step = _layer_before(steps[0].given[0], steps[0])
     bias: Any = step.bias
     layer: Any = watch.owner(step, step.weight if bias is None else bias)
@@ -908,16 +878,16 @@ def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[], Callable
     folded = FoldedWIBReLU(unit.shift.clone()).train(unit.training)
     places = [(part, key) for part in watch.names for key, child in part._modules.items() if child is unit]
     shift = unit.shift.to(layer.weight if bias is None else bias)
-    kept = None if bias is None else bias.clone()
-    def fold() -> Callable[[], None]:
-        if bias is None: layer.bias = nn.Parameter(-shift.expand(width).clone())
-        else: bias.sub_(shift)
-        for part, key in places: part._modules[key] = folded
-        return put_back
-    def put_back() -> None:
-        if bias is None: layer.bias = None
-        else: bias.copy_(kept)
-        for part, key in places: part._modules[key] = unit
+    def fold(undo: ExitStack) -> None:
+        if bias is None:
+            undo.callback(setattr, layer, 'bias', None)
+            layer.bias = nn.Parameter(-shift.expand(width).clone())
+        else:
+            undo.callback(bias.copy_, bias.clone())
+            bias.sub_(shift)
+        for part, key in places:
+            undo.callback(part._modules.update, {key: unit})
+            part._modules[key] = folded
     return name, fold
 
 def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
@@ -957,12 +927,10 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
     def look(watch: _Watch) -> list[Tensor]:
         with _undisturbed(model, training=False): return watch.run(batch) + watch.marks
     def attempt(keys: list[int]) -> bool:
-        undo, same = [], False
-        try:
-            for key in keys: undo.append(folds[key]())
+        with ExitStack() as undo:
+            for key in keys: folds[key](undo)
             same = _same(before, look(_Watch(model)), watch.eps)
-        finally:
-            for put_back in reversed([] if same else undo): put_back()
+            if same: undo.pop_all()
         return same
     with torch.inference_mode(False), torch.no_grad():
         before = look(watch)
@@ -971,7 +939,6 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
             try: rows[i]['layer'], folds[i] = _plan_fold(watch, unit)
             except ValueError as error: rows[i]['note'] = str(error)
         done = list(folds) if not folds or attempt(list(folds)) else [key for key in folds if attempt([key])]
-        torch.clear_autocast_cache()
     for key in folds:
         rows[key]['folded'] = key in done
         if key not in done: rows[key]['note'] = 'was undone: it changes the output on the batch'
