@@ -31,7 +31,6 @@ from wib_nbdev.recorder import (
     plot_histogram,
     plot_layer_stats,
     plot_near_zero,
-    plot_updates,
 )
 from wib_nbdev.surgery import FoldedWIBReLU
 
@@ -470,7 +469,7 @@ def test_plots_draw_what_they_are_given():
     np.testing.assert_allclose(near.lines[0].get_ydata(), 100 * shares)
     assert plot_layer_stats(frame.assign(gradient_rms=np.nan), 'gradient_rms').get_yscale() == 'log'
     assert plot_histogram(recorder.histogram_frame('conv1')).get_ylabel()
-    assert len(plot_updates(recorder.updates_frame()).texts) == 5
+    assert len(plot_layer_stats(recorder.updates_frame(), 'ratio').texts) == 5
     with pytest.raises(ValueError, match="did you mean 'mean'"): plot_layer_stats(frame, 'meen')
     with pytest.raises(ValueError, match='definition'): plot_near_zero(frame, 'near_zero_0.05') # not recorded
     plt.close('all')

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEAR_ZERO', 'FIGURE_NEAR_ZERO', 'ACTIVATION_TYPES', 'LAYER_COLOURS', 'cuts', 'NearZero', 'activation_of',
-           'find_layers', 'ActivationRecorder', 'plot_layer_stats', 'plot_near_zero', 'plot_histogram', 'plot_updates',
-           'dead_units']
+           'find_layers', 'ActivationRecorder', 'plot_layer_stats', 'plot_near_zero', 'plot_histogram', 'dead_units']
 
 # %% ../nbs/lib/recorder.ipynb #7a1c9a94
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 from math import inf
 from typing import Any, NamedTuple
 
@@ -117,11 +115,8 @@ def _sums(x: Tensor) -> tuple[float, float]:
 
 
 def _numbers(rows: list[list[Any]]) -> list[list[Any]]:
-    "The rows, with the numbers of each tensor in the tensor's place: read from the device at once."
-    tensors = [value for row in rows for value in row if isinstance(value, Tensor)]
-    flat = [tensor.reshape(-1).to(tensors[0].device) for tensor in tensors]
-    numbers = iter(torch.cat(flat).tolist() if flat else [])
-    read = lambda value: islice(numbers, value.numel()) if isinstance(value, Tensor) else [value]
+    "The rows, with the numbers of each tensor in the tensor's place."
+    read = lambda value: value.flatten().tolist() if isinstance(value, Tensor) else [value]
     return [[number for value in row for number in read(value)] for row in rows]
 
 # %% ../nbs/lib/recorder.ipynb #371dff26
@@ -349,17 +344,18 @@ def _draw(frame: pd.DataFrame, column: str, ax: Axes, layers: Sequence[str] | No
 
 # %% ../nbs/lib/recorder.ipynb #e7c7855b
 def plot_layer_stats(
-    frame:pd.DataFrame, # from `ActivationRecorder.to_frame`
-    stat:str='mean', # a column: mean, std, inactive, a near-zero share or gradient_rms
+    frame:pd.DataFrame, # from `ActivationRecorder.to_frame`, or from its `updates_frame`
+    stat:str='mean', # a column: mean, std, inactive, a near-zero share, gradient_rms, or ratio (of updates)
     ax:Axes | None=None, # axes to draw on; new ones if None
     *,
     title:str='', # what the panel shows
 ) -> Axes:
-    "One statistic over iterations, a line for each layer."
+    "One statistic over iterations, a line for each layer; for ratio, dashed, the rule of thumb of 1e-3."
     one_of(stat, [column for column in frame if column not in ('iteration', 'layer')], 'stat')
-    ylabel = f'{stat} of the output' if stat in ('mean', 'std') else stat
-    ax = new_axes(ax, title=title, xlabel='iteration', ylabel=ylabel)
-    if stat == 'gradient_rms': ax.set_yscale('log')
+    labels = {'mean': 'mean of the output', 'std': 'std of the output', 'ratio': 'std(update) / std(weight)'}
+    ax = new_axes(ax, title=title, xlabel='iteration', ylabel=labels.get(stat, stat))
+    if stat in ('gradient_rms', 'ratio'): ax.set_yscale('log')
+    if stat == 'ratio': ax.axhline(1e-3, **THEORY)
     return _draw(frame, stat, ax)
 
 
@@ -392,19 +388,6 @@ def plot_histogram(
     mesh = ax.pcolormesh(frame.index, frame.columns, shares, norm=scale, cmap='magma', shading='nearest')
     ax.figure.colorbar(mesh, ax=ax, label='share of values in the bin')
     return ax
-
-
-def plot_updates(
-    frame:pd.DataFrame, # from `ActivationRecorder.updates_frame`
-    ax:Axes | None=None, # axes to draw on; new ones if None
-    *,
-    title:str='', # what the panel shows
-) -> Axes:
-    "The update-to-weight ratio over iterations, a line for each weight; dashed, the rule of thumb of 1e-3."
-    ax = new_axes(ax, title=title, xlabel='iteration', ylabel='std(update) / std(weight)')
-    ax.set_yscale('log')
-    ax.axhline(1e-3, **THEORY)
-    return _draw(frame, 'ratio', ax)
 
 # %% ../nbs/lib/recorder.ipynb #1d9524e9
 @torch.no_grad()
