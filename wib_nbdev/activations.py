@@ -87,15 +87,11 @@ def wib_relu(x: Tensor, shift: float | Tensor = EQ7_SHIFT) -> Tensor:
     return _ShiftedReLU.apply(x, shift)
 
 # %% ../nbs/04_activations.ipynb #7ef47b92
-def figure_5(
-    fan_in:int=784, # inputs of the layer
-    n_trials:int=50, # random layers
-    seed:int=0, # of weights and inputs
-) -> Figure:
+def figure_5() -> Figure:
     "Fig. 5: mean and standard deviation of WIB-ReLU's output under Kaiming initialisation, trial by trial."
     figure, axes = panels(panel_size=(6, 3))
-    generator = torch.Generator().manual_seed(seed)
-    frame = simulate_layer(fan_in, fan_in, math.sqrt(2 / fan_in), n_trials, wib_relu, generator)
+    generator = torch.Generator().manual_seed(0)
+    frame = simulate_layer(784, 784, math.sqrt(2 / 784), 50, wib_relu, generator)
     ax = plot_trials(frame, ax=axes[0, 0])
     for name, level in {'mean': 0.0, 'std': math.sqrt(relu_moments(math.sqrt(2)).var)}.items():
         ax.axhline(level, **THEORY)
@@ -233,19 +229,15 @@ class WIBReLU(nn.Module):
 class WIBReLUBatch(nn.Module):
     "Reading B of Eq. 8: relu(x) minus its batch mean in training, minus a running mean in evaluation."
     running_mean: Tensor
-    def __init__(
-        self,
-        momentum:float=0.1, # weight of the newest batch in the running mean, as in batch norm
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer('running_mean', torch.tensor(EQ7_SHIFT))
 
     def forward(self, x: Tensor) -> Tensor:
         activation = F.relu(x)
         if not self.training: return activation - self.running_mean
         mean = activation.mean()
-        self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+        self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), 0.1)  # as in batch norm
         return activation - mean
 
 class WIBReLUCode(nn.Module):
@@ -318,5 +310,4 @@ def make_activation(
     name:str, # one of `ACTIVATIONS`
 ) -> nn.Module:
     "A new module of that name at each call. `ValueError` for an unknown name; it gives the nearest one."
-    one_of(name, ACTIVATIONS, 'activation')
-    return ACTIVATIONS[name]()
+    return ACTIVATIONS[one_of(name, ACTIVATIONS, 'activation')]()
