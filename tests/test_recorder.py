@@ -25,9 +25,9 @@ from wib_nbdev.recorder import (
     NEAR_ZERO,
     ActivationRecorder,
     activation_of,
-    cuts,
     dead_units,
     find_layers,
+    interval_bounds,
     plot_histogram,
     plot_layer_stats,
     plot_near_zero,
@@ -66,7 +66,8 @@ def assert_row(row, a, preact=None):
 
 # Counting
 
-EDGES = np.float32([cuts(interval) for d in NEAR_ZERO.values() for interval in (d.near, d.kept) if interval])
+INTERVALS = [interval for d in NEAR_ZERO.values() for interval in (d.near, d.kept) if interval]
+EDGES = np.float32([interval_bounds(interval) for interval in INTERVALS])
 BESIDE = [float(x) for way in (-np.inf, np.inf) for x in np.nextafter(EDGES, np.float32(way)).flat]
 floats = st.floats(-20, 20, width=32) | st.sampled_from([*EDGES.flat, *BESIDE, np.inf, -np.inf, np.nan])
 
@@ -77,7 +78,7 @@ def test_counts_are_right_to_the_last_value(x):
     assert row['inactive'] == (x <= 0).mean()
     with np.errstate(invalid='ignore'), warnings.catch_warnings():
         for name, d in NEAR_ZERO.items():
-            low, high = cuts(d.kept or '[-inf, inf]')
+            low, high = interval_bounds(d.kept or '[-inf, inf]')
             if d.kept is None or ((x >= low) & (x < high)).any(): assert row[name] == d.share(x)
             else: assert np.isnan(row[name])
 

@@ -43,17 +43,17 @@ class _ShiftedReLU(torch.autograd.Function):
         return threshold(gradient, output, -shift.item()), of_shift  # saves one pass over the output
 
 @torch.fx.wrap  # torch.fx does not trace into it
-def _along_channels(shift: Tensor, x: Tensor) -> Tensor:
+def _broadcast_shift(shift: Tensor, x: Tensor) -> Tensor:
     "The shift in a shape that broadcasts against x: (channels,) lies along dimension 1."
     return shift.to(x.dtype).view(-1, *[1] * (x.dim() - 2)) if shift.dim() else shift
 
-def _take_form(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _match_shift(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     "Before a state is loaded, give the shift the saved form: one number, or one per channel."
     saved = state_dict.get(f'{prefix}shift')
     if saved is not None and saved.dim() != module.shift.dim():
         module.shift = module.shift.new_empty(saved.shape)
 
-def _describe(shift: Tensor) -> str:
+def _describe_shift(shift: Tensor) -> str:
     return f'shift={tuple(shift.shape)}' if shift.dim() or shift.is_meta else f'shift={shift.item():.4g}'
 
 # %% ../nbs/04_activations.ipynb #ca0c54b2
@@ -80,7 +80,7 @@ def wib_relu(x: Tensor, shift: float | Tensor = EQ7_SHIFT) -> Tensor:
     >>> wib_relu(torch.tensor([-1.0, 2.0]), 0.5)
     tensor([-0.5000,  1.5000])
     """
-    if isinstance(shift, Tensor): shift = _along_channels(shift, x)
+    if isinstance(shift, Tensor): shift = _broadcast_shift(shift, x)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return F.relu(x) - shift
     if not isinstance(shift, Tensor):
         shift = torch.tensor(shift, dtype=torch.promote_types(x.dtype, torch.float32), device='cpu')
@@ -219,11 +219,11 @@ class WIBReLU(nn.Module):
     def __init__(self, shift: float | Tensor = EQ7_SHIFT) -> None:
         super().__init__()
         self.register_buffer('shift', 1.0 * torch.as_tensor(shift).detach())
-        self.register_load_state_dict_pre_hook(_take_form)
+        self.register_load_state_dict_pre_hook(_match_shift)
 
     def forward(self, x: Tensor) -> Tensor: return wib_relu(x, self.shift)
 
-    def extra_repr(self) -> str: return _describe(self.shift)
+    def extra_repr(self) -> str: return _describe_shift(self.shift)
 
 # %% ../nbs/04_activations.ipynb #cf4552b8
 class WIBReLUBatch(nn.Module):
@@ -282,12 +282,12 @@ class ZeroMean(nn.Module):
         self.fn, self.preact_std = fn, preact_std
         self.scale = 1 / math.sqrt(moments.var) if unit_variance else 1.0
         self.register_buffer('shift', torch.tensor(moments.mean))
-        self.register_load_state_dict_pre_hook(_take_form)
+        self.register_load_state_dict_pre_hook(_match_shift)
 
-    def forward(self, x: Tensor) -> Tensor: return (self.fn(x) - _along_channels(self.shift, x)) * self.scale
+    def forward(self, x: Tensor) -> Tensor: return (self.fn(x) - _broadcast_shift(self.shift, x)) * self.scale
 
     def extra_repr(self) -> str:
-        return f'{_describe(self.shift)}, scale={self.scale:.4g}, preact_std={self.preact_std:g}'
+        return f'{_describe_shift(self.shift)}, scale={self.scale:.4g}, preact_std={self.preact_std:g}'
 
 # %% ../nbs/04_activations.ipynb #ebb4bc9b
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

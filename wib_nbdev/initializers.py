@@ -134,11 +134,11 @@ def init_weights(
     for layer in layers.values():
         fan_in, fan_out = fans(layer.weight)
         std = scheme_std(scheme, fan_in, fan_out, gain)
-        end = math.sqrt(3) * std
+        limit = math.sqrt(3) * std
         orthogonal_gain = SCHEMES[scheme].gain if gain is None else gain
         match SCHEMES[scheme].distribution:
             case 'normal': nn.init.normal_(layer.weight, std=std, generator=generator)
-            case 'uniform': nn.init.uniform_(layer.weight, -end, end, generator)
+            case 'uniform': nn.init.uniform_(layer.weight, -limit, limit, generator)
             case 'orthogonal': nn.init.orthogonal_(layer.weight, orthogonal_gain, generator)
         if layer.bias is None: continue
         bound = 1 / math.sqrt(fan_in) if scheme.startswith('pytorch') else 0.0  # zeros use random numbers too

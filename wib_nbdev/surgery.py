@@ -67,27 +67,27 @@ class _Site(NamedTuple):
     inplace: bool  # whether the result is assigned to the variable that the call overwrote
     target: str = ''  # what is called in its place: an attribute of the module, such as 'relu_1'
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def _walk_codes(code: CodeType) -> Iterator[CodeType]:
     "A code, and the codes of what is defined inside of it."
     yield code
     for each in code.co_consts:
-        if isinstance(each, CodeType): yield from _codes(each)
+        if isinstance(each, CodeType): yield from _walk_codes(each)
 
-def _code(tree: ast.Module, fn: Any) -> CodeType | None:
+def _compile_method(tree: ast.Module, fn: Any) -> CodeType | None:
     "The code of a function in the tree of its file."
     file, place = f'<swapped: {fn.__code__.co_filename}>', (fn.__code__.co_name, fn.__code__.co_firstlineno)
     module = compile(tree, file, 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)
-    return next((each for each in _codes(module) if (each.co_name, each.co_firstlineno) == place), None)
+    return next((each for each in _walk_codes(module) if (each.co_name, each.co_firstlineno) == place), None)
 
 @lru_cache(maxsize=256)
-def _tree(fn: Any) -> tuple[ast.Module, ast.FunctionDef]:
+def _parse_method(fn: Any) -> tuple[ast.Module, ast.FunctionDef]:
     "The syntax tree of a method's file, and the method in it. `ValueError` if it is not what runs."
     try: tree = ast.parse(''.join(inspect.findsource(fn)[0]))
     except (OSError, TypeError, SyntaxError): raise ValueError(f'{fn.__qualname__} has no source') from None
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or node.name != fn.__code__.co_name: continue
         first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-        if first == fn.__code__.co_firstlineno and _code(tree, fn) == fn.__code__: return tree, node
+        if first == fn.__code__.co_firstlineno and _compile_method(tree, fn) == fn.__code__: return tree, node
     raise ValueError(f'the source of {fn.__qualname__} is not what runs')
 
 _PLAIN = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.Load)
@@ -105,10 +105,10 @@ def _argument(call: ast.Call) -> ast.expr | None:
     if call.keywords: return next((each.value for each in call.keywords if each.arg in ('input', 'x')), None)
     return call.func.value if isinstance(call.func, ast.Attribute) else None
 
-def _calls(node: ast.FunctionDef) -> list[ast.Call]:
+def _list_calls(node: ast.FunctionDef) -> list[ast.Call]:
     return [each for each in ast.walk(node) if isinstance(each, ast.Call)]
 
-def _names_in(fn: Any, part: nn.Module) -> dict[str, Any]:
+def _bind_names(fn: Any, part: nn.Module) -> dict[str, Any]:
     "What the names in a method stand for, as far as they are not local: globals, closure, the module itself."
     code, cells = fn.__code__, fn.__closure__ or ()
     names = fn.__globals__ | dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
@@ -126,7 +126,7 @@ def _find_calls(
     method: str, fn: Any, part: nn.Module, functions: dict[Any, str], old: set[int],
 ) -> list[_Site]:
     "The calls of the activation in a method, in order. `old` has the ids of the children that are replaced."
-    found, names, calls = list[_Site](), _names_in(fn, part), _calls(_tree(fn)[1])
+    found, names, calls = list[_Site](), _bind_names(fn, part), _list_calls(_parse_method(fn)[1])
     for number, call in enumerate(calls):
         called, text = _look_up(call.func, names), ast.unparse(call.func)
         parameters = getattr(getattr(called, '__code__', None), 'co_varnames', ())
@@ -146,10 +146,10 @@ def _find_calls(
         found.append(_Site(method, number, call.lineno, ast.unparse(call), name, path, inplace))
     return sorted(found, key=lambda each: (each.line, calls[each.number].col_offset))
 
-def _exclude(first: int, second: int, fn: Any) -> bool:
+def _are_exclusive(first: int, second: int, fn: Any) -> bool:
     "Whether only one of two calls in a method is run: they are in different branches. `first` comes first."
-    node = _tree(inspect.unwrap(fn))[1]
-    one, other = (_calls(node)[number] for number in (first, second))
+    node = _parse_method(inspect.unwrap(fn))[1]
+    one, other = (_list_calls(node)[number] for number in (first, second))
     for choice in ast.walk(node):
         if not isinstance(choice, (ast.If, ast.IfExp)): continue
         body, rest = ({*ast.walk(ast.Tuple(part if isinstance(part, list) else [part]))}
@@ -162,7 +162,7 @@ def _exclude(first: int, second: int, fn: Any) -> bool:
 class _Rewriter(ast.NodeTransformer):
     "Replaces some of the calls in a method by others."
     def __init__(self, node: ast.FunctionDef, sites: Iterable[_Site]) -> None:
-        calls, self.sites = _calls(node), dict[ast.Call, _Site]()
+        calls, self.sites = _list_calls(node), dict[ast.Call, _Site]()
         self.owner = [*node.args.posonlyargs, *node.args.args][0].arg
         scopes = [each for each in ast.walk(node) if isinstance(each, _SCOPES) and each is not node]
         self.inner = {each for scope in scopes for each in ast.walk(scope)}
@@ -182,18 +182,19 @@ class _Rewriter(ast.NodeTransformer):
         return ast.copy_location(new, node)
 
 @cache
-def _rewritten(fn: Any, sites: tuple[_Site, ...]) -> Any:
+def _rewrite_method(fn: Any, sites: tuple[_Site, ...]) -> Any:
     "A method with some calls rewritten, in copies of its wrappers; globals, closure and defaults stay."
     code, cells, inner = fn.__code__, fn.__closure__ or (), getattr(fn, '__wrapped__', None)
     if inner is None:
-        (tree, node), named = copy.deepcopy(_tree(fn)), dict(zip(code.co_freevars, cells, strict=True))
+        tree, node = copy.deepcopy(_parse_method(fn))
+        named = dict(zip(code.co_freevars, cells, strict=True))
         _Rewriter(node, sites).visit(node)
-        code = _code(ast.fix_missing_locations(tree), fn) or code
+        code = _compile_method(ast.fix_missing_locations(tree), fn) or code
         cells = tuple(named[name] for name in code.co_freevars)
     elif not any(cell.cell_contents is inner for cell in cells):
         raise ValueError(f'{fn.__qualname__} is decorated, and its wrapper does not hold the function itself')
     else:
-        again = CellType(_rewritten(inner, sites))
+        again = CellType(_rewrite_method(inner, sites))
         cells = tuple(again if cell.cell_contents is inner else cell for cell in cells)
     new: Any = update_wrapper(FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, cells), fn)
     new.__kwdefaults__ = fn.__kwdefaults__
@@ -201,7 +202,7 @@ def _rewritten(fn: Any, sites: tuple[_Site, ...]) -> Any:
     else: new.__wrapped__ = again.cell_contents
     return new
 
-def _methods(kind: type) -> dict[str, Any]:
+def _list_methods(kind: type) -> dict[str, Any]:
     """The methods that a class and its bases define, except those of torch and special methods such as
     `__init__`."""
     kinds = [each for each in reversed(kind.__mro__) if not each.__module__.startswith('torch.')]
@@ -210,20 +211,20 @@ def _methods(kind: type) -> dict[str, Any]:
             if inspect.isfunction(value) and not name.startswith('__')}
 
 @cache
-def _swapped_class(kind: Any, sites: tuple[_Site, ...]) -> Any:
+def _make_swapped_class(kind: Any, sites: tuple[_Site, ...]) -> Any:
     "A class like `kind` with calls rewritten. Its instances are copied and pickled by rewriting them again."
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = kind.__reduce_ex__(self, max(int(protocol), 2))
-        return (_blank, (kind, sites), *reduced[2:]) if reduced[0].__name__ == '__newobj__' else reduced
+        return (_make_blank, (kind, sites), *reduced[2:]) if reduced[0].__name__ == '__newobj__' else reduced
     methods = {site.method: tuple(each for each in sites if each.method == site.method) for site in sites}
-    body = {name: _rewritten(_methods(kind)[name], some) for name, some in methods.items()}
+    body = {name: _rewrite_method(_list_methods(kind)[name], some) for name, some in methods.items()}
     more = dict(__reduce_ex__=__reduce_ex__, __module__=kind.__module__, __qualname__=kind.__qualname__,
                 __doc__=kind.__doc__, _swapped_from=(kind, sites))
     return type(kind)(kind.__name__, (kind,), body | more)
 
-def _blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
+def _make_blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
     "A module without state, for pickle and copy to fill."
-    return kind.__new__(_swapped_class(kind, sites))
+    return kind.__new__(_make_swapped_class(kind, sites))
 
 # %% ../nbs/lib/surgery.ipynb #930768c1
 _Rows = list[dict[str, Any]]
@@ -233,7 +234,7 @@ _NOT_REWRITTEN = ('is not rewritten: see the report of swap_activations; calls i
 _NO_CHILD = 'is no child of the model: made in a forward, or kept in a list'
 _OVER_CHILDREN = 'its class runs over its children and would run a new unit too: make the call a module'
 
-def _row(name: str, old: str, note: str = '', source: str = '', place: Any = None) -> dict[str, Any]:
+def _make_row(name: str, old: str, note: str = '', source: str = '', place: Any = None) -> dict[str, Any]:
     "A row of a swap's report. `place`: the module and attribute that get a unit, if one is made."
     return dict(name=name.strip('.'), old=old, new='', swapped=False, note=note, source=source, place=place)
 
@@ -246,17 +247,18 @@ def _plan_children(name: str, part: nn.Module, old: type[nn.Module], functions: 
         why = '' if type(child) is old else f'is a subclass of {old.__name__}: pass it as `old`'
         if not why and _has_hooks(child): why = 'carries hooks: remove them first'
         note = why or 'was in place' * bool(getattr(child, 'inplace', False))
-        rows.append(_row(f'{name}.{key}', type(child).__name__, note, place=None if why else (part, key)))
+        place = None if why else (part, key)
+        rows.append(_make_row(f'{name}.{key}', type(child).__name__, note, place=place))
     for key, value in vars(part).items():
-        if any(value is each for each in functions):
-            rows.append(_row(f'{name}.{key}', functions[value], 'was in an attribute', place=(part, key)))
+        if not any(value is each for each in functions): continue
+        rows.append(_make_row(f'{name}.{key}', functions[value], 'was in an attribute', place=(part, key)))
     if isinstance(part, (nn.RNN, nn.RNNCell)) and part.nonlinearity == _NAMES.get(old):
-        rows.append(_row(name, f'{type(part).__name__}, {part.nonlinearity}', _FUSED))
+        rows.append(_make_row(name, f'{type(part).__name__}, {part.nonlinearity}', _FUSED))
     return rows
 
 def _code_names(fn: Any) -> set[str]:
     "The globals and attributes that a function names, with the functions inside of it."
-    return {name for code in _codes(inspect.unwrap(fn).__code__) for name in code.co_names}
+    return {name for code in _walk_codes(inspect.unwrap(fn).__code__) for name in code.co_names}
 
 def _runs_over_children(part: nn.Module, methods: dict[str, Any], reached: list[str]) -> bool:
     "Whether one of some methods, or one that they call, asks for the children of the module."
@@ -272,13 +274,15 @@ def _free_name(part: nn.Module, call: _Site, taken: set[str]) -> str:
     names = (f'{base}_{n}' for n in count(2 if call.path else 1))
     return next(name for name in names if not hasattr(part, name) and name not in taken)
 
-def _assign(part: nn.Module, calls: list[_Site], fn: Any, seen: set[str]) -> Iterator[tuple[_Site, bool]]:
+def _assign_targets(
+    part: nn.Module, calls: list[_Site], fn: Any, seen: set[str],
+) -> Iterator[tuple[_Site, bool]]:
     """Gives each call in a method its target, and says whether that is a new unit. Calls of which only one is
     run share a unit."""
     groups: dict[str, list[_Site]] = {}
     for call in calls:
         target = next((target for target, group in groups.items() if group[0].path == call.path
-                       and all(_exclude(each.number, call.number, fn) for each in group)), '')
+                       and all(_are_exclusive(each.number, call.number, fn) for each in group)), '')
         is_new = not target and (not call.path or call.path in seen)
         target = target or (_free_name(part, call, seen) if is_new else call.path)
         seen |= {call.path, target}
@@ -289,35 +293,35 @@ def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[
     """Rows for the calls of the activation in the code of a module, and the class that it gets for them,
     if any."""
     before: Any = getattr(type(part), '_swapped_from', (type(part), ()))
-    methods, sites, report, seen = _methods(before[0]), before[1], _Rows(), set[str]()
+    methods, sites, report, seen = _list_methods(before[0]), before[1], _Rows(), set[str]()
     for method, fn in methods.items():
         names, new, rows = _code_names(fn), list[_Site](), _Rows()
-        space = inspect.unwrap(fn).__globals__
-        named = {name for name in names
-                 if name in functions.values() or any(space.get(name) is each for each in functions)}
+        known = inspect.unwrap(fn).__globals__  # where it may have another name
+        named = {each for each in names
+                 if each in functions.values() or any(known.get(each) is function for function in functions)}
         if not named and not names & {*part._modules, *vars(part)}: continue
         try:
             calls = _find_calls(method, inspect.unwrap(fn), part, functions, old)
             calls = [call for call in calls if call[:2] not in {site[:2] for site in sites}]
-            for site, is_new in _assign(part, calls, fn, seen):
+            for site, is_new in _assign_targets(part, calls, fn, seen):
                 if site.target != site.path or site.inplace or 'input=' in site.text: new.append(site)
                 if not is_new: continue
                 note = ', '.join(['was a further call'] * bool(site.path) + ['was in place'] * site.inplace)
                 source = f'{fn.__module__}, line {site.line}: {site.text}'
-                rows.append(_row(f'{name}.{site.target}', site.name, note, source, (part, site.target)))
+                rows.append(_make_row(f'{name}.{site.target}', site.name, note, source, (part, site.target)))
             runs = [each for each in ('forward', method) if each in methods]
             if rows and _runs_over_children(part, methods, runs): raise ValueError(_OVER_CHILDREN)
             if new and method in vars(part): raise ValueError(f'its {method} was replaced: swap before that')
-            if new: _rewritten(fn, tuple(new))
+            if new: _rewrite_method(fn, tuple(new))
             sites = (*sites, *new)
         except ValueError as error:
             source = f'{fn.__module__ or "made by exec"}: {fn.__qualname__}'
-            if named and not rows: rows = [_row(name, min(named), '', source)]
+            if named and not rows: rows = [_make_row(name, min(named), '', source)]
             rows = [{**row, 'name': name, 'note': str(error), 'place': None} for row in rows]
         report += rows
-    return report, None if sites == before[1] else _swapped_class(before[0], sites)
+    return report, None if sites == before[1] else _make_swapped_class(before[0], sites)
 
-def _put(row: dict[str, Any], unit: nn.Module, model: nn.Module) -> None:
+def _place_unit(row: dict[str, Any], unit: nn.Module, model: nn.Module) -> None:
     "Puts a unit at the place of a row, in the mode, on the device and in the dtype of what is there."
     part, key = row['place']
     parameters = [p for p in (*part.parameters(), *model.parameters()) if p.is_floating_point()]
@@ -387,7 +391,7 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
         raise ValueError(f'model: no {old.__name__} inside of it can be swapped; {reasons or "it has none"}')
     with torch.random.fork_rng(devices=[]): units = [make() for _ in found]
     if not all(isinstance(unit, nn.Module) for unit in units) or len({*units}) < len(units): raise wrong
-    for row, unit in zip(found, units, strict=True): _put(row, unit, model)
+    for row, unit in zip(found, units, strict=True): _place_unit(row, unit, model)
     for name, part in parts.items():
         if plans[name][1]: part.__class__ = plans[name][1]
         layers = part.layers if isinstance(part, nn.TransformerEncoder) else ()
@@ -506,7 +510,7 @@ class _Watch(TorchFunctionMode):
         given = _tensors(args, kwargs)
         versions = [_version(tensor) for tensor in given]
         if func not in _ACTIVATIONS or not given: output = run()
-        else: output = self.activation(self.place(_ACTIVATIONS[func], sys._getframe(1)), given[0], run)
+        else: output = self.activation(self.locate_call(_ACTIVATIONS[func], sys._getframe(1)), given[0], run)
         changed = [each for each, version in zip(given, versions, strict=True) if _version(each) != version]
         made = [tensor for tensor in _tensors(output) if not any(tensor is each for each in given)]
         if made or changed:  # else it only passes a tensor on, or reads a shape
@@ -523,16 +527,17 @@ class _Watch(TorchFunctionMode):
             self.values[tensor] = _Value(step)
             if tensor.is_floating_point(): self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
 
-    def place(self, kind: str, frame: FrameType | None) -> _Call:
+    def locate_call(self, kind: str, frame: FrameType | None) -> _Call:
         "Where a function is called: the module in whose code that is, the line, and why it was not swapped."
         source, owner, reason = '', None, _NOT_REWRITTEN
         while frame is not None and frame.f_code is not _run.__code__ and not (source and owner):
-            code, space = frame.f_code, str(frame.f_globals.get('__name__', 'generated code'))
+            code, module_name = frame.f_code, str(frame.f_globals.get('__name__', 'generated code'))
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             here = code.co_filename == _run.__code__.co_filename
-            if not (source or here or space.startswith('torch.')):
+            if not (source or here or module_name.startswith('torch.')):
                 file = re.sub('^<swapped: (.*)>$', r'\1', code.co_filename)
-                source = f'{space}, line {frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}'
+                text = linecache.getline(file, frame.f_lineno).strip()
+                source = f'{module_name}, line {frame.f_lineno}: {text}'
                 if not owner and not isinstance(first, nn.Module): reason = 'is called outside of a module'
             if not owner and isinstance(first, nn.Module):
                 if isinstance(first, ACTIVATION_TYPES): reason = _NO_CHILD
@@ -559,7 +564,7 @@ class _Watch(TorchFunctionMode):
 
 # %% ../nbs/lib/surgery.ipynb #6a44962d
 @contextmanager
-def _undisturbed(model: nn.Module, training: bool = True) -> Iterator[None]:
+def _restore_afterwards(model: nn.Module, training: bool = True) -> Iterator[None]:
     """For a pass that only observes: no gradients, dropout off, norms in the model's mode or in evaluation
     mode. Afterwards all modules (but not parameters) and random number generators are restored."""
     kept = [(part, dict(vars(part)), [(key, each, each.clone()) for key, each in part._buffers.items()
@@ -628,7 +633,7 @@ class _Calibration(_Watch):
         super().__init__(model)
         self.per_channel, self.gain, self.first, self.passes = per_channel, gain, True, 0
         self.rows: dict[Any, dict[str, Any]] = {}  # by unit, or by place for a ReLU that was not swapped
-        self.pooled: dict[Any, tuple[int, Tensor]] = {}  # of a unit: the values of a sweep, and their mean
+        self.pooled: dict[Any, tuple[int, Tensor]] = {}  # of a unit: how many values, and their mean
         self.kept: list[tuple[Tensor, Tensor]] = []  # parameters that were scaled, and what they were
 
     def before(self, call: _Call, x: Tensor) -> Tensor | None:
@@ -678,7 +683,7 @@ class _Calibration(_Watch):
         for tensor in tensors: tensor.mul_(scale)
         return dict(layer=self.names[layer], scale=scale)
 
-    def sweep(self, batch: Any) -> None:
+    def run_batches(self, batch: Any) -> None:
         "One pass for each batch."
         self.pooled = {}
         for each in _batches(batch):
@@ -686,13 +691,13 @@ class _Calibration(_Watch):
             self.passes += 1
         if not self.pooled: raise ValueError('model: none of its units was called')
 
-    def settle(self, batch: Any) -> None:
-        """More sweeps where one is not enough: with several calls of a unit, several batches, or a scaled
+    def repeat_until_centred(self, batch: Any) -> None:
+        """More passes where one is not enough: with several calls of a unit, several batches, or a scaled
         layer."""
         self.first, left = False, dict[Any, float]()
         once = self.passes == 1 and not self.kept and all(len(self.calls[unit]) == 1 for unit in self.pooled)
         for _ in range(0 if once or isinstance(batch, Iterator) else 10):
-            self.sweep(batch)
+            self.run_batches(batch)
             for unit, (_, mean) in self.pooled.items():
                 left[unit] = (mean - unit.shift).abs().max().item()
                 _set_shift(unit, mean)
@@ -754,9 +759,9 @@ def calibrate(model: nn.Module, batch: Any, per_channel: bool = False, gain: boo
     if not units: raise ValueError('model: has no WIBReLU or ZeroMean; swap_activations puts them in')
     with torch.inference_mode(False), torch.no_grad():
         try:
-            with _undisturbed(model):
-                work.sweep(batch)
-                work.settle(batch)
+            with _restore_afterwards(model):
+                work.run_batches(batch)
+                work.repeat_until_centred(batch)
                 shifts = {unit: unit.shift.clone() for unit in work.pooled}
         except BaseException:
             for tensor, value in work.kept: tensor.copy_(value)
@@ -826,7 +831,7 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
     """
     _check_model(model)
     watch = _Diagnosis(model)
-    with _undisturbed(model): watch.run(next(_batches(batch)))
+    with _restore_afterwards(model): watch.run(next(_batches(batch)))
     groups = pd.DataFrame(watch.rows).groupby(['layer', 'type', 'source', 'note'], sort=False, as_index=False)
     frame = groups.sum(min_count=1)
     for column in ('mean', 'second_moment', 'near_zero', 'inactive'): frame[column] /= frame['n']
@@ -837,7 +842,7 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
                   'source']]
 
 # %% ../nbs/lib/surgery.ipynb #591e01a6
-def _same(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
+def _outputs_agree(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
     "Whether outputs agree to half the digits of `eps`: the folded sums are rounded differently."
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]: return False
     for b, a in zip(before, after, strict=True):
@@ -846,7 +851,7 @@ def _same(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
         if not torch.allclose(a, b, rtol=0, atol=atol, equal_nan=True): return False
     return True
 
-def _layer_before(value: _Value, reader: _Step) -> _Step:
+def _find_layer(value: _Value, reader: _Step) -> _Step:
     "The layer whose output goes to a reader alone, as it is or with something added; else `ValueError`."
     others = sorted({each.name for each in value.readers if each is not reader})
     if len(value.readers) > 1:
@@ -856,7 +861,7 @@ def _layer_before(value: _Value, reader: _Step) -> _Step:
     if step.weight is not None or step.bias is not None: return step
     reasons = [f'its input comes from {step.name}, which has no bias']
     for term in step.given if step.name.strip('_') in ('add', 'radd', 'iadd') else ():
-        try: return _layer_before(term, step)
+        try: return _find_layer(term, step)
         except ValueError as error: reasons.append(str(error).replace('its input', 'a term of its input'))
     raise ValueError('; '.join(reasons[1:] or reasons))
 
@@ -866,7 +871,7 @@ def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[ExitStack],
     steps = watch.calls[unit]
     if isinstance(unit, FoldedWIBReLU): raise ValueError('is folded already')
     if len(steps) != 1: raise ValueError(f'is called {len(steps)} times')
-    step = _layer_before(steps[0].given[0], steps[0])
+    step = _find_layer(steps[0].given[0], steps[0])
     bias: Any = step.bias
     layer: Any = watch.owner(step, step.weight if bias is None else bias)
     name = watch.names[layer]
@@ -924,22 +929,23 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
     batch, watch, rows, folds = next(_batches(batch)), _Watch(model), _Rows(), dict[int, Any]()
     units = [module for module in watch.names if isinstance(module, WIBReLU)]
     if not units: raise ValueError('model: has no WIBReLU to fold')
-    def look(watch: _Watch) -> list[Tensor]:
-        with _undisturbed(model, training=False): return watch.run(batch) + watch.marks
+    def measure(watch: _Watch) -> list[Tensor]:
+        with _restore_afterwards(model, training=False): return watch.run(batch) + watch.marks
     def attempt(keys: list[int]) -> bool:
         with ExitStack() as undo:
             for key in keys: folds[key](undo)
-            same = _same(before, look(_Watch(model)), watch.eps)
+            same = _outputs_agree(before, measure(_Watch(model)), watch.eps)
             if same: undo.pop_all()
         return same
     with torch.inference_mode(False), torch.no_grad():
-        before = look(watch)
+        before = measure(watch)
         for i, unit in enumerate(units):
             rows.append(dict(name=watch.names[unit], layer='', folded=False, note=''))
             try: rows[i]['layer'], folds[i] = _plan_fold(watch, unit)
             except ValueError as error: rows[i]['note'] = str(error)
-        done = list(folds) if not folds or attempt(list(folds)) else [key for key in folds if attempt([key])]
+        at_once = not folds or attempt(list(folds))
+        folded_keys = list(folds) if at_once else [key for key in folds if attempt([key])]
     for key in folds:
-        rows[key]['folded'] = key in done
-        if key not in done: rows[key]['note'] = 'was undone: it changes the output on the batch'
+        rows[key]['folded'] = key in folded_keys
+        if key not in folded_keys: rows[key]['note'] = 'was undone: it changes the output on the batch'
     return pd.DataFrame(rows)
