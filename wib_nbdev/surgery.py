@@ -152,8 +152,9 @@ def _are_exclusive(first: int, second: int, fn: Any) -> bool:
     one, other = (_list_calls(node)[number] for number in (first, second))
     for choice in ast.walk(node):
         if not isinstance(choice, (ast.If, ast.IfExp)): continue
-        body, rest = ({*ast.walk(ast.Tuple(part if isinstance(part, list) else [part]))}
-                      for part in (choice.body, choice.orelse))
+        parts: list[Any] = [choice.body, choice.orelse]
+        body, rest = ({each for top in (part if isinstance(part, list) else [part]) for each in ast.walk(top)}
+                      for part in parts)
         leaves = isinstance(choice, ast.If) and isinstance(choice.body[-1], (ast.Return, ast.Raise))
         if one in body and (other in rest or (leaves and other not in body)): return True
     return False
