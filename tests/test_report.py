@@ -87,8 +87,8 @@ def says(sentence, word):
 
 
 @pytest.mark.parametrize('quantity, better, worse', [
-    ('epochs', 'trains faster', 'trains slower'), ('accuracy', 'ends more accurate', 'ends less accurate'),
-    ('loss', 'is lower', 'is higher')])
+    ('epochs', 'in fewer epochs', 'needs more epochs'),
+    ('accuracy', 'ends more accurate', 'ends less accurate'), ('loss', 'is lower', 'is higher')])
 def test_headline_is_true_of_every_combination(quantity, better, worse):
     "Better is said where it is so and nowhere else; worse too, save beside equal: 'no better'."
     for pair in itertools.product(STATES, repeat=2):
@@ -106,14 +106,16 @@ def test_headline_is_true_of_every_combination(quantity, better, worse):
 def test_headline_joins_what_agrees_and_what_does_not():
     alike = table(epochs=('better',) * 2, accuracy=('better',) * 2, loss=('better',) * 2)
     assert report.headline(alike) == (
-        'WIB-ReLU trains faster than ReLU and ends more accurate; its validation loss is lower.')
+        'WIB-ReLU trains in fewer epochs than ReLU and ends more accurate; '
+        'its last validation loss is lower.')
     apart = table(epochs=('better',) * 2, accuracy=('equal',) * 2, loss=('worse',) * 2)
     assert report.headline(apart) == (
-        'WIB-ReLU trains faster than ReLU but ends about as accurate; its validation loss is higher.')
+        'WIB-ReLU trains in fewer epochs than ReLU but ends about as accurate; '
+        'its last validation loss is higher.')
     mixed = table(epochs=('better', 'better'), accuracy=('equal', 'worse'), loss=('worse', 'undecided'))
     assert report.headline(mixed) == (
-        'WIB-ReLU trains faster than ReLU but ends no more accurate; '
-        'its validation loss is higher on Fashion-MNIST (undecided on CIFAR-10).')
+        'WIB-ReLU trains in fewer epochs than ReLU but ends no more accurate; '
+        'its last validation loss is higher on Fashion-MNIST (undecided on CIFAR-10).')
 
 
 def test_headline_without_enough_runs(full, sample):
