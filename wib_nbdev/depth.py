@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from .activations import CENTRED_GAIN, CENTRED_SHIFT, predict_depth, wib_relu
 from .claims import MissingRuns, Test, above, grade, near, some
 from .config import TrainConfig, one_of
-from .data import load
+from .data import load, subset
 from .mean_shift import gaussian_moments
 from .statistics import MIN_PAIRS, ROPE, Interval, mean_interval
 from .style import BAND, THEORY, colour, label, marker, new_axes, panels
@@ -278,9 +278,9 @@ def initial_moments(
     arms:Collection[str]=FACTORIALS['calibrated'], # names in `DEPTH_ARMS`
     seeds:Iterable[int]=SEEDS, # of the weights
 ) -> pd.DataFrame:
-    """family, depth, arm, seed, moment: log10 of E[a²] after the last activation, before training, on the
+    """family, depth, arm, seed, moment: log10 of E[a²] after the last activation, before training, on 200
     images of the sample."""
-    images = {name: load(name, sample=True) for name in ('fashion_mnist', 'cifar10')}
+    images = {name: subset(load(name, sample=True), 200) for name in ('fashion_mnist', 'cifar10')}
     rows, seen = [], list[float]()
     for config in depth_plan(cells, arms, RATES[:1], seeds, sample=True, n_train=None):
         model = initial_network(config, images[config.dataset])
