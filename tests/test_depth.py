@@ -153,7 +153,6 @@ def test_moments_match_where_the_library_says_so():
 
 
 def test_a_gain_within_half_a_point_refutes_however_sure_it_is():
-    "As the criteria say; so does a hit rate between one quarter and three quarters."
     good = ('elu', 'wib_relu', 'wib_relu_centred_calibrated')
     found = verdicts(lambda family, n, arm: 0.5 + 0.003 * (arm in good),
                      lambda family, n, arm: 0.99 if arm in good else 1.0, noise=0.0002)
