@@ -317,6 +317,4 @@ def main(options: Options) -> None:
     if options.out: options.out.write_text(json.dumps(report, indent=2) + '\n')
 
 
-__file__ = str(Path(__file__).absolute())  # the rivals run elsewhere
-
 if __name__ == '__main__': main(tyro.cli(Options, description=__doc__))

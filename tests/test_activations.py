@@ -225,15 +225,17 @@ def test_layouts(x):
     (lambda: wib_relu(torch.ones(2, dtype=torch.int32)), RuntimeError, 'Float'),
     (lambda: WIBReLU(CHANNELS)(images(2, 4, 5, 5)), RuntimeError, r'\(4\)|\[2, 4, 5, 5\]'),
     (lambda: ZeroMean(lambda z: z.softmax(0)), ValueError, 'elementwise'),
+    (lambda: ZeroMean(lambda z: 0 * z, unit_variance=True), ValueError, 'is constant at preact_std=1.0'),
+    (lambda: ZeroMean(lambda z: z.clamp(9, 10) / 3, unit_variance=True), ValueError, 'is constant'),
 ])
 def test_what_is_wrong_is_an_error(call, kind, message):
     with pytest.raises(kind, match=message): call()
 
 
 def test_readings_b_and_c():
-    batch, code, x = WIBReLUBatch(momentum=0.25), WIBReLUCode().eval(), images() + 1
+    batch, code, x = WIBReLUBatch(), WIBReLUCode().eval(), images() + 1
     assert abs(batch(x).mean()) < 1e-6
-    assert_close(batch.running_mean, torch.tensor(0.75 * EQ7_SHIFT) + 0.25 * F.relu(x).mean())
+    assert_close(batch.running_mean, torch.tensor(0.9 * EQ7_SHIFT) + 0.1 * F.relu(x).mean())
     assert torch.equal(batch.eval()(x), F.relu(x) - batch.running_mean)
     assert torch.equal(batch(x)[:1], batch(x[:1]))
     assert torch.equal(code(x), F.relu(x) - x.mean()) and not torch.allclose(code(x)[:1], code(x[:1]))

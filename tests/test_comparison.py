@@ -28,7 +28,7 @@ def test_no_label_over_another_and_scales_are_shared(results, arms):
 def test_curves_are_means_with_t_intervals(results):
     frame = c.learning_curves(select(results, dataset='cifar10'), ['relu'])
     ax = c.plot_curves(frame, split='train', metric='loss')
-    values = frame[frame['split'] == 'train'].groupby('epoch')['loss'].apply(c.mean_interval)
+    values = frame[frame['split'] == 'train'].groupby('epoch')['loss'].apply(c.t_interval)
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [interval.mean for interval in values])
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == pytest.approx(min(interval.low for interval in values))

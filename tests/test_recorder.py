@@ -6,6 +6,7 @@ import runpy
 import sys
 import warnings
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,14 +26,14 @@ from wib_nbdev.recorder import (
     NEAR_ZERO,
     ActivationRecorder,
     activation_of,
-    cuts,
     dead_units,
     find_layers,
+    interval_bounds,
     plot_histogram,
     plot_layer_stats,
     plot_near_zero,
-    plot_updates,
 )
+from wib_nbdev.surgery import FoldedWIBReLU
 
 ALL = tuple(NEAR_ZERO)
 SEVEN = ['conv1', 'conv2', 'conv3', 'conv4', 'pool', 'flatten', 'dense']
@@ -66,7 +67,8 @@ def assert_row(row, a, preact=None):
 
 # Counting
 
-EDGES = np.float32([cuts(interval) for d in NEAR_ZERO.values() for interval in (d.near, d.kept) if interval])
+INTERVALS = [interval for d in NEAR_ZERO.values() for interval in (d.near, d.kept) if interval]
+EDGES = np.float32([interval_bounds(interval) for interval in INTERVALS])
 BESIDE = [float(x) for way in (-np.inf, np.inf) for x in np.nextafter(EDGES, np.float32(way)).flat]
 floats = st.floats(-20, 20, width=32) | st.sampled_from([*EDGES.flat, *BESIDE, np.inf, -np.inf, np.nan])
 
@@ -77,7 +79,7 @@ def test_counts_are_right_to_the_last_value(x):
     assert row['inactive'] == (x <= 0).mean()
     with np.errstate(invalid='ignore'), warnings.catch_warnings():
         for name, d in NEAR_ZERO.items():
-            low, high = cuts(d.kept or '[-inf, inf]')
+            low, high = interval_bounds(d.kept or '[-inf, inf]')
             if d.kept is None or ((x >= low) & (x < high)).any(): assert row[name] == d.share(x)
             else: assert np.isnan(row[name])
 
@@ -125,6 +127,25 @@ def test_an_inplace_activation_is_counted_before_it_runs():
     x = torch.randn(200, generator=seeded())
     model = nn.Sequential(nn.Identity(), nn.Threshold(0.0, 5.0, inplace=True)) # its output hides the sign
     assert record(model, x.clone(), layers=['1'])['inactive'].item() == (x <= 0).double().mean()
+
+
+@pytest.mark.parametrize('shift', [torch.tensor(0.7), torch.linspace(0, 0.7, 8)], ids=['one', 'channels'])
+def test_folding_a_shift_changes_no_share_of_inactive_or_dead(shift):
+    folded, unit = FoldedWIBReLU(shift), WIBReLU(shift)
+    z = torch.randn(50, 8, generator=seeded()) - torch.linspace(0, 3, 8)
+    z[0] = 0 # exactly 0 is inactive
+    for look, column in ((record, 'inactive'), (dead_units, 'dead')):
+        assert look(folded, z - shift)[column].item() == look(unit, z)[column].item() > 0
+
+
+def test_an_input_that_is_passed_by_name_is_an_input():
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+        def forward(self, x): return self.act(input=x)
+    x = torch.tensor([[-1.0, 1, 2], [-1, -1, 2]])
+    assert record(Names(), x)['inactive'].item() == 0.5 and dead_units(Names(), x)['dead'].item() == 1 / 3
 
 
 def test_an_activation_shared_by_two_layers_counts_for_each_alone():
@@ -337,6 +358,12 @@ def test_histograms_are_those_of_histc():
     assert recorder.histogram_frame('').to_numpy()[0, [0, 1, -1]].tolist() == [0.5, 0.25, 0.25]
 
 
+def test_a_layer_that_was_not_recorded_has_an_empty_histogram():
+    with ActivationRecorder(small_model(), histogram=True) as recorder: pass
+    assert recorder.histogram_frame('1').shape == (0, 40)
+    with pytest.raises(ValueError, match="layer='one'"): recorder.histogram_frame('one')
+
+
 def test_updates_are_measured_from_the_weights():
     model = plain_cnn(1, activation='prelu', generator=seeded())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -444,18 +471,18 @@ def test_plots_draw_what_they_are_given():
     np.testing.assert_allclose(near.lines[0].get_ydata(), 100 * shares)
     assert plot_layer_stats(frame.assign(gradient_rms=np.nan), 'gradient_rms').get_yscale() == 'log'
     assert plot_histogram(recorder.histogram_frame('conv1')).get_ylabel()
-    assert len(plot_updates(recorder.updates_frame()).texts) == 5
+    assert len(plot_layer_stats(recorder.updates_frame(), 'ratio').texts) == 5
     with pytest.raises(ValueError, match="did you mean 'mean'"): plot_layer_stats(frame, 'meen')
     with pytest.raises(ValueError, match='definition'): plot_near_zero(frame, 'near_zero_0.05') # not recorded
     plt.close('all')
 
 
-def test_the_benchmark_runs(root, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     arguments = '--threads 1 --rounds 1 --steps 1 --activations relu --variants recorder'.split()
     arguments += ['--root', tmp_path, '--out', tmp_path / 'recorder.json']
     monkeypatch.setattr(sys, 'argv', ['recorder.py', *map(str, arguments)])
     threads = torch.get_num_threads()
-    try: runpy.run_path(str(root / 'benchmarks/recorder.py'), run_name='__main__')
+    try: runpy.run_path(str(Path(__file__).parents[1] / 'benchmarks/recorder.py'), run_name='__main__')
     finally: torch.set_num_threads(threads)
     rows = pd.read_json(tmp_path / 'recorder.json', typ='series')['rows']
     assert [row['variant'] for row in rows] == ['no statistics', 'recorder']

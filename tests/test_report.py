@@ -5,6 +5,7 @@ import json
 import re
 from configparser import ConfigParser
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,6 +15,8 @@ from wib_nbdev.claims import CLAIMS, NOTHING, judge
 from wib_nbdev.plan import MAIN, PAPER_ARMS
 from wib_nbdev.statistics import MIN_PAIRS, effect_in_words, paired_differences, select
 from wib_nbdev.sweep import load_results
+
+ROOT = Path(__file__).parents[1]
 
 STATES = ('better', 'worse', 'equal', 'undecided')
 LABELS = ('Fashion-MNIST', 'CIFAR-10')
@@ -84,8 +87,8 @@ def says(sentence, word):
 
 
 @pytest.mark.parametrize('quantity, better, worse', [
-    ('epochs', 'trains faster', 'trains slower'), ('accuracy', 'ends more accurate', 'ends less accurate'),
-    ('loss', 'is lower', 'is higher')])
+    ('epochs', 'in fewer epochs', 'needs more epochs'),
+    ('accuracy', 'ends more accurate', 'ends less accurate'), ('loss', 'is lower', 'is higher')])
 def test_headline_is_true_of_every_combination(quantity, better, worse):
     "Better is said where it is so and nowhere else; worse too, save beside equal: 'no better'."
     for pair in itertools.product(STATES, repeat=2):
@@ -103,14 +106,16 @@ def test_headline_is_true_of_every_combination(quantity, better, worse):
 def test_headline_joins_what_agrees_and_what_does_not():
     alike = table(epochs=('better',) * 2, accuracy=('better',) * 2, loss=('better',) * 2)
     assert report.headline(alike) == (
-        'WIB-ReLU trains faster than ReLU and ends more accurate; its validation loss is lower.')
+        'WIB-ReLU trains in fewer epochs than ReLU and ends more accurate; '
+        'its last validation loss is lower.')
     apart = table(epochs=('better',) * 2, accuracy=('equal',) * 2, loss=('worse',) * 2)
     assert report.headline(apart) == (
-        'WIB-ReLU trains faster than ReLU but ends about as accurate; its validation loss is higher.')
+        'WIB-ReLU trains in fewer epochs than ReLU but ends about as accurate; '
+        'its last validation loss is higher.')
     mixed = table(epochs=('better', 'better'), accuracy=('equal', 'worse'), loss=('worse', 'undecided'))
     assert report.headline(mixed) == (
-        'WIB-ReLU trains faster than ReLU but ends no more accurate; '
-        'its validation loss is higher on Fashion-MNIST (undecided on CIFAR-10).')
+        'WIB-ReLU trains in fewer epochs than ReLU but ends no more accurate; '
+        'its last validation loss is higher on Fashion-MNIST (undecided on CIFAR-10).')
 
 
 def test_headline_without_enough_runs(full, sample):
@@ -238,14 +243,14 @@ def test_pictures_are_drawn_or_name_the_runs_that_they_lack(page, theory):
     assert all(len(attrs['aria-label']) > 15 for attrs in Page(page).all('svg'))
 
 
-def test_links_lead_to_what_makes_a_picture(root):
+def test_links_lead_to_what_makes_a_picture():
     facts = ConfigParser(delimiters=['='])
-    facts.read(root / 'settings.ini', encoding='utf-8')
+    facts.read(ROOT / 'settings.ini', encoding='utf-8')
     assert facts['DEFAULT']['git_url'] == report.PROJECT
     assert facts['DEFAULT']['doc_host'] + facts['DEFAULT']['doc_baseurl'] == report.SITE
     for picture in report.PICTURES:
         module = picture.make.__module__.removeprefix('wib_nbdev.')
-        cells = json.loads((root / f'nbs/{report.NOTEBOOKS[module]}.ipynb').read_text())['cells']
+        cells = json.loads((ROOT / f'nbs/{report.NOTEBOOKS[module]}.ipynb').read_text())['cells']
         assert any(f'def {picture.make.__name__}(' in ''.join(cell['source']) for cell in cells)
         assert picture.make.__name__ in importlib.import_module(f'wib_nbdev.{module}').__all__
 

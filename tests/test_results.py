@@ -1,5 +1,4 @@
 """The committed runs: whole, with their keys, from descendants of the criteria, and judged as they say."""
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,13 +7,16 @@ import pandas as pd
 import pytest
 
 from wib_nbdev import sweep
-from wib_nbdev.claims import judge
+from wib_nbdev.claims import CLAIMS, judge
 from wib_nbdev.config import RESULTS_VERSION
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 FOLDERS = [folder for folder in (ROOT / 'wib_nbdev' / 'results', ROOT / 'results_next')
            if (folder / 'runs.csv').exists()]
+
+
+def test_there_are_committed_runs(): assert FOLDERS
 
 
 @pytest.fixture(scope='module', params=FOLDERS, ids=lambda folder: folder.name)
@@ -25,8 +27,11 @@ def folder(request) -> Path: return request.param
 def results(folder) -> sweep.Results: return sweep.load_results(folder)
 
 
-def is_of_this_version(results) -> bool:
-    return set(results.runs.get('results_version', [1])) == {RESULTS_VERSION}
+@pytest.fixture(scope='module')
+def current(results) -> sweep.Results:
+    "The results, if they are of this version."
+    if set(results.runs.get('results_version', [1])) == {RESULTS_VERSION}: return results
+    pytest.skip('runs of another version')
 
 
 def test_every_run_is_whole_and_has_its_key(results):
@@ -38,11 +43,15 @@ def test_every_run_is_whole_and_has_its_key(results):
     assert (counts[finished] == runs.loc[finished, 'epochs']).all()
     numbers = results.epochs.loc[results.epochs['key'].isin(runs.index[finished]), ['loss', 'accuracy']]
     assert np.isfinite(numbers).all(axis=None)
-    if not is_of_this_version(results): return
-    assert [config.key for config in sweep.configs_of(results.runs)] == list(runs.index)
+
+
+def test_every_run_of_this_version_has_its_weights_steps_and_images(current):
+    runs = current.runs.set_index('key')
+    assert [config.key for config in sweep.configs_of(current.runs)] == list(runs.index)
     assert runs['weights_last'].str.fullmatch('[0-9a-f]{64}').all()
-    assert set(results.steps['key']) == set(runs.index)
-    assert set(results.correct['key']) == set(runs.index[(runs['valid'] == 'test') & finished])
+    assert set(current.steps['key']) == set(runs.index)
+    right = (runs['valid'] == 'test') & (runs['status'] == 'finished')
+    assert set(current.correct['key']) == set(runs.index[right])
 
 
 def test_what_a_run_got_right_is_its_accuracy(results):
@@ -53,15 +62,25 @@ def test_what_a_run_got_right_is_its_accuracy(results):
     pd.testing.assert_series_equal(right, last.reindex(right.index), check_names=False)
 
 
-def test_runs_descend_from_the_criteria_and_others_are_refused(results):
+def test_runs_descend_from_the_criteria(current, history):
     import merge_results
-    ask = ['git', '-C', ROOT, 'cat-file', '-e', merge_results.CRITERIA]
-    if subprocess.run(ask, capture_output=True).returncode:
-        pytest.skip('needs git and the history of the project')
-    if is_of_this_version(results): merge_results.check_provenance(set(results.runs['commit']))
-    for commit in ('abc1234+', 'abc1234', ''):
-        with pytest.raises(SystemExit, match='no descendant of the criteria'):
-            merge_results.check_provenance({commit})
+    merge_results.check_provenance(set(current.runs['commit']))
+
+
+@pytest.mark.parametrize('commit', ['abc1234+', 'abc1234', ''])
+def test_other_runs_are_refused(commit, history):
+    import merge_results
+    with pytest.raises(SystemExit, match='no descendant of the criteria'):
+        merge_results.check_provenance({commit})
+
+
+def test_the_readme_says_what_was_changed_since_the_criteria(current, history):
+    import merge_results
+    text = merge_results.readme(current)
+    assert 'was changed since: none; claims added since, so after some of the runs:\nnone.' in text
+    for judges, what in merge_results.MENDED.items():
+        assert f"{', '.join(judges)}: {what}" in text and {*judges} <= {each.id for each in CLAIMS}
+    for commit in set(current.runs['commit']): assert f"| {merge_results.git('rev-parse', commit)} |" in text
 
 
 def test_the_verdicts_are_those_of_these_runs(folder, results):
@@ -77,11 +96,10 @@ def test_sizes(folder):
     assert sum(size for name, size in sizes.items() if name not in ('layers.parquet', 'steps.parquet')) < 3e6
 
 
-def test_they_go_back_into_a_store_and_out_again(results, tmp_path):
+def test_they_go_back_into_a_store_and_out_again(current, tmp_path):
     "The runs of this version that are merged can be resumed from: nothing is lost on the way."
-    if not is_of_this_version(results): pytest.skip('runs of another version are not resumed')
-    few = results.runs['key'].sample(3, random_state=0)
-    some = sweep.Results(*(frame[frame['key'].isin(few)] for frame in results))
+    few = current.runs['key'].sample(3, random_state=0)
+    some = sweep.Results(*(frame[frame['key'].isin(few)] for frame in current))
     sweep.write_results(some, tmp_path / 'some')
     assert sweep.restore_runs(tmp_path / 'some', tmp_path / 'store') == 3
     sweep.write_results(sweep.load_results(tmp_path / 'store'), tmp_path / 'again')

@@ -80,7 +80,7 @@ def address():
 
 
 @pytest.mark.parametrize('words, page', [('PReLU', '07_comparison'), ('centred_gain', 'mean_shift'),
-                                         ('trains faster', 'report')])
+                                         ('in fewer epochs', 'report')])
 def test_search_finds_what_is_there(window, address, words, page):
     window.goto(f'{address}/search.html?q={words}')
     # The results come one after the other.

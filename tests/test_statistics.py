@@ -52,31 +52,28 @@ samples = arrays(float, st.integers(3, 12), elements=numbers)
 
 # One sample
 
-@pytest.mark.parametrize('n', [10, 20])
-def test_intervals_are_scipys(n):
-    "Student's for fewer than 20 values, BCa from there on; the paired one is that of the differences."
-    a, b = np.random.default_rng(0).exponential(1, (2, n))
-    paired, bca = stats.ttest_rel(a, b), stats.bootstrap((a - b,), np.mean, method='BCa', rng=0)
-    expected = (paired.confidence_interval() if n < 20 else bca.confidence_interval)
-    np.testing.assert_allclose(s.mean_interval(a - b), [(a - b).mean(), expected.low, expected.high])
+def test_the_interval_of_differences_is_scipys():
+    a, b = np.random.default_rng(0).exponential(1, (2, 10))
+    expected = stats.ttest_rel(a, b).confidence_interval()
+    np.testing.assert_allclose(s.t_interval(a - b), [(a - b).mean(), expected.low, expected.high])
 
 
 def test_t_interval_covers():
     draws = np.random.default_rng(0).normal(0.5, 2, (2000, 10))
-    covered = np.mean([interval.low <= 0.5 <= interval.high for interval in map(s.mean_interval, draws)])
+    covered = np.mean([interval.low <= 0.5 <= interval.high for interval in map(s.t_interval, draws)])
     assert abs(covered - 0.95) < 5 * math.sqrt(0.95 * 0.05 / 2000)
 
 
 @pytest.mark.parametrize('values, expected', [
     ([], (math.nan,) * 3), ([2.0], (2.0, math.nan, math.nan)), ([0.1] * 5, (0.1, 0.1, 0.1))])
 def test_interval_of_few_or_equal_values(values, expected):
-    np.testing.assert_allclose(s.mean_interval(values), expected)
+    np.testing.assert_allclose(s.t_interval(values), expected)
 
 
 @given(samples)
 def test_interval_turns_over_with_its_values(x):
-    mean, low, high = s.mean_interval(x)
-    np.testing.assert_allclose(s.mean_interval(-x), (-mean, -high, -low), atol=1e-9)
+    mean, low, high = s.t_interval(x)
+    np.testing.assert_allclose(s.t_interval(-x), (-mean, -high, -low), atol=1e-9)
 
 
 @settings(max_examples=30)
@@ -134,19 +131,9 @@ def test_a_comparison_turns_over_when_the_arms_change_places(metric):
     one, other = s.compare_pairs(a, b, metric), s.compare_pairs(b, a, metric)
     same = dict(difference=-other['difference'], low=-other['high'], ratio=1 / other['ratio'], p=other['p'],
                 n=other['n'], ratio_low=1 / other['ratio_high'], wins=1 - other['wins'],
-                wins_low=1 - other['wins_high'], p_fresh=1 - other['p_fresh'],
-                p_next=1 - other['p_next'], seeds_needed=other['seeds_needed'])
+                wins_low=1 - other['wins_high'], p_fresh=1 - other['p_fresh'])
     for name, turned in same.items(): assert one[name] == pytest.approx(turned), name
 
-
-def test_equivalence_is_two_one_sided_t_tests():
-    x = np.random.default_rng(0).normal(0.001, 0.004, 10)
-    found = s.compare_pairs(0.8 + x, np.full(10, 0.8), 'valid accuracy')
-    above, below = (stats.ttest_1samp(x, edge, alternative=side).pvalue
-                    for edge, side in ((-0.005, 'greater'), (0.005, 'less')))
-    assert found['p_tost'] == pytest.approx(max(above, below))
-    low, high = stats.t.interval(0.9, 9, x.mean(), stats.sem(x))
-    assert (found['p_tost'] < 0.05) == (-0.005 < low and high < 0.005)
 
 
 def test_posterior_is_students_on_the_scale_of_logarithms():
@@ -189,7 +176,7 @@ def test_differences_are_scipys(results):
     np.testing.assert_allclose([row['low'], row['high']], test.confidence_interval())
     logs = np.log(values['wib_relu']) - np.log(values['elu'])
     ratios = row[['ratio', 'ratio_low', 'ratio_high']].astype(float)
-    np.testing.assert_allclose(np.log(ratios), s.mean_interval(logs))
+    np.testing.assert_allclose(np.log(ratios), s.t_interval(logs))
     assert row['effect'] == row['ratio'] - 1 and row['n'] == 10 and row['lost'] == row['diverged'] == 0
 
 
@@ -310,6 +297,8 @@ def test_each_arm_at_its_own_fastest_setting():
     broken = changed(results, "arm == 'relu' and lr == 0.004 and seed == 1", status='diverged')
     rates = s.fastest_settings(broken, {'cifar10': 0.2}).set_index('arm')['lr']
     assert rates.to_dict() == {'relu': 0.002, 'wib_relu': 0.004}, 'a setting at which a run diverged is out'
+    slower = s.common_loss(s.without_diverged(broken))['cifar10']
+    assert slower == pytest.approx(2 / 19.5), 'what ReLU reaches where all its runs finished'
 
 
 # Test images
@@ -319,31 +308,19 @@ def test_images_that_differ_widen_the_interval_and_images_alike_do_not():
     gaps = rng.normal(0, 0.02, (10, 1)) + rng.normal(0, 0.4, (10, 400))
     alike, apart = s.gap_interval(gaps), s.gap_interval(gaps + rng.normal(0, 0.3, (1, 400)))
     width = lambda interval: interval.high - interval.low
-    over_seeds = width(s.mean_interval(gaps.mean(axis=1)))
+    over_seeds = width(s.t_interval(gaps.mean(axis=1)))
     assert over_seeds <= width(alike) * (1 + 1e-12) < 1.2 * over_seeds and width(apart) > 1.5 * over_seeds
 
-
-def crossed_bootstrap(gaps, seed):
-    "The percentile interval that draws seeds and images."
-    n, m = gaps.shape
-    weights = lambda rows: (rows[..., None] == np.arange(n)).mean(axis=-2)
-    mean = lambda rows, images, axis: np.take_along_axis(weights(rows) @ gaps, images, -1).mean(axis=-1)
-    found = stats.bootstrap((np.arange(n), np.arange(m)), mean, paired=False, vectorized=True,
-                            n_resamples=200, method='percentile', rng=seed)
-    return found.confidence_interval
 
 
 @pytest.mark.parametrize('of_seeds, of_images', [(0, 0), (0.02, 0.3), (0, 0.5), (0.05, 0.05)])
 def test_the_interval_over_seeds_and_images_covers(of_seeds, of_images):
-    "300 worlds with a gap of 0; a bootstrap over both covers too much where the gaps are mostly noise."
+    "300 worlds with a gap of 0."
     rng = np.random.default_rng(1)
     draw = lambda std, *size: rng.normal(0, std, size)
     worlds = [draw(of_seeds, 10, 1) + draw(of_images, 1, 300) + draw(0.4, 10, 300) for _ in range(300)]
     covered = np.mean([low <= 0 <= high for _, low, high in map(s.gap_interval, worlds)])
     assert 0.95 - 3 * math.sqrt(0.95 * 0.05 / 300) < covered < 0.99
-    if not of_images:
-        both = [crossed_bootstrap(gaps, seed) for seed, gaps in enumerate(worlds[:100])]
-        assert np.mean([low <= 0 <= high for low, high in both]) >= 0.98
 
 
 def test_differences_over_seeds_and_images():
@@ -355,7 +332,7 @@ def test_differences_over_seeds_and_images():
     curve = lambda config, epoch, split: -math.log(right[config.key].mean())
     row = s.seeds_and_images(results_of(configs, curve, correct=correct), rivals=['relu', 'elu']).squeeze()
     assert (row['n'], row['n_images'], row['rival']) == (3, 500, 'relu')
-    assert row['difference'] == pytest.approx(0.02) == row['low'] == row['high'], 'the same at each seed'
+    assert [row['difference'], row['low'], row['high']] == pytest.approx(3 * [0.02]), 'the same at each seed'
     assert row['images_low'] < 0.02 < row['images_high']
     assert s.seeds_and_images(results_of(configs, curve)).empty
 

@@ -102,7 +102,7 @@ class InPlace(Net):
 
 class Flow(Net):
     "Branches on data, loops, contexts, comprehensions, lambdas, functions inside, several ways out."
-    units = 5 + 6
+    units = 5 + 7
     def forward(self, x, scale=1, *more, shift=None):
         if shift is not None: x = nnf.relu(x + shift)
         while x.abs().max() > 4: x = x / 2
@@ -114,7 +114,7 @@ class Flow(Net):
         if x.sum() > 1e6: return inner(x)
         match len(parts):
             case 2: x = nnf.relu(x - 1)
-            case _: x = nnf.relu(x + 1)  # which of the two is run
+            case _: x = nnf.relu(x + 1)
         return sum(parts) + inner(first) + (nnf.dropout(x, 0.5) if self.training else x)
 
 
@@ -251,6 +251,16 @@ def test_a_module_at_several_places_becomes_a_unit_at_each():
     assert len({model[1], model[2][1], model[3]}) == 3 and isinstance(model[2][1], WIBReLU)
 
 
+class Renames(nn.Module):
+    def forward(self, x): return rectify(x)
+
+
+def test_a_function_by_another_name_is_swapped_in_a_class_without_children():
+    model = nn.Sequential(nn.Linear(5, 5), Renames())
+    assert swap_activations(model)['name'].tolist() == ['1.relu_1']
+    assert diagnose(model, randn(7, 5))['type'].tolist() == ['WIBReLU', 'Sequential']
+
+
 def test_methods_agree_after_the_swap():
     model, x = Methods(), randn(7, 5)
     swap_activations(model)
@@ -364,6 +374,11 @@ class Knows(Left):
     def run(self, x): return nnf.relu(x, inplace=x.sum() > 1e9)
 
 
+class Mode(Left):
+    "In place in one mode only."
+    def run(self, x): return nnf.relu(x, inplace=self.training) + x
+
+
 class OverChildren(Left):
     def each(self, x):
         for child in list(self.children())[:1]: x = child(x)
@@ -410,18 +425,6 @@ def hooked():
     return wrapped(module)
 
 
-def to_script(x: torch.Tensor) -> torch.Tensor: return torch.relu(x) + 1
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    in_script = torch.jit.script(to_script)
-
-
-class Scripted(Left):
-    def run(self, x): return in_script(x)
-
-
 LEFT = dict(
     helper=(Helps, 'is called outside of a module', 'return nnf.relu(x) - 1'),
     made=(Makes, 'is no child of the model: made in a forward, or kept in a list', 'return nn.ReLU()(x)'),
@@ -431,14 +434,14 @@ LEFT = dict(
     parent=(Parent, 'is not rewritten', 'return torch.relu(x) + 1'),
     static=(Static, 'is called outside of a module', 'return x.relu()'),
     unknown=(Knows, 'shows if it is in place', 'Knows.run'),
+    mode=(Mode, 'shows if it is in place', 'Mode.run'),
     children=(OverChildren, 'runs over its children', 'nnf.relu(self.each(x))'),
     container=(lambda: wrapped(Longer(nn.Linear(5, 5))), 'runs over its children', 'nnf.relu(x)'),
-    source=(lambda: wrapped(with_no_source['NoSource']()), 'NoSource.forward has no source', 'forward'),
+    source=(lambda: wrapped(with_no_source['NoSource']()), 'forward has no source', 'by exec: NoSource'),
     fused=(Recurrent, 'is a fused kernel', ''),
     hooks=(hooked, 'carries hooks', ''),
     subclass=(lambda: wrapped(Special()), 'is a subclass of ReLU', ''),
-    replaced=(replaced, 'its encode was replaced', 'nnf.relu(self.a(x))'),
-    script=(Scripted, 'runs in TorchScript', 'return in_script(x)'))
+    replaced=(replaced, 'its encode was replaced', 'nnf.relu(self.a(x))'))
 
 
 @pytest.mark.parametrize('make, reason, source', LEFT.values(), ids=LEFT)
@@ -451,6 +454,7 @@ def test_what_is_left_is_a_row_with_a_reason_and_a_line(make, reason, source):
     frame = diagnose(model, x)
     left = frame[frame['type'].isin(['relu', 'rnn_relu', 'ReLU', 'Special'])]
     assert len(left) and (left['advice'] != '').all() and (left['mean'] > 0).all()
+    assert (left['inactive'].isna() == (left['type'] == 'rnn_relu')).all()  # a fused kernel hides them
     assert swapped['swapped'].any()
 
 
@@ -466,6 +470,11 @@ def test_where_nothing_can_be_swapped_the_error_says_why_and_the_model_stays():
     made, model = iter([nn.SiLU()]), Net()
     before = snapshot(model)
     with pytest.raises(StopIteration): swap_activations(model, new=lambda: next(made))
+    made, one = iter([nn.SiLU(), *range(9)]), nn.SiLU()
+    for new in (lambda: 3, lambda: next(made), lambda: one):
+        with pytest.raises(TypeError, match='or return a new module'): swap_activations(model, new=new)
+    for old in ('relu', nn.ReLU(), int):
+        with pytest.raises(TypeError, match=r'old=.*must be a class'): swap_activations(model, old)
     assert_same(model, before)
 
 
@@ -647,6 +656,11 @@ def test_batches_come_as_a_loader_an_iterator_a_tuple_or_a_mapping():
     fold_shift(model, loader)
 
 
+@pytest.mark.parametrize('function', [calibrate, diagnose, fold_shift])
+def test_no_batch_is_an_error(function):
+    with pytest.raises(ValueError, match='batch: yields no batch'): function(swapped_mlp(), iter([]))
+
+
 def swapped_mlp(*norms):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 40), *norms, nn.ReLU(), nn.Linear(40, 40), nn.ReLU())
@@ -683,7 +697,8 @@ def test_gain_leaves_what_others_use_and_says_so():
     weights = [p.clone() for p in model.parameters()]
     notes = calibrate(model, randn(50, 5), gain=True)['note'].tolist()
     none = 'not scaled: its input is not made by a layer that only it uses'
-    assert notes == [none, 'not scaled: frozen is frozen, or no scale helps', none, none]
+    frozen = 'not scaled: frozen is frozen, the unit is no ReLU, or its output is constant'
+    assert notes == [none, frozen, none, none]
     assert all(map(torch.equal, weights, model.parameters()))
 
 
@@ -770,6 +785,7 @@ FOLDS = dict(
     scaled=(lambda self, x: self.act(2 * self.a(x)), 'its input comes from'),
     input=(lambda self, x: self.act(x), 'its input comes from no operation'),
     layer_twice=(lambda self, x: self.act(self.a(self.a(x))), 'is read elsewhere too'),
+    bias_unused=(lambda self, x: self.act(nnf.linear(x, self.a.weight)), 'a has no free place for a bias'),
     bias_read=(lambda self, x: self.act(self.a(x)) + self.a.bias, 'a parameter of a is read elsewhere too'),
     unit_twice=(lambda self, x: self.act(self.a(self.act(x))), 'is called 2 times'),
     returned=(lambda self, x: (lambda z: (self.act(z), z))(self.a(x)), 'by the output of the model'))
@@ -814,7 +830,8 @@ def test_what_differs_on_the_batch_is_put_back_alone():
 
 @pytest.mark.parametrize('end', [
     lambda y: y.masked_fill(y < 0, -math.inf), lambda y: y * math.nan, lambda y: y[:0],
-    lambda y: y.argmax(1)], ids=['infinite', 'nan', 'empty', 'integer'])
+    lambda y: y.argmax(1), lambda y: (y, y.argmax())],
+    ids=['infinite', 'nan', 'empty', 'integers', 'one integer'])
 def test_outputs_that_are_no_numbers_are_compared(end):
     class Ends(nn.Module):
         def forward(self, y): return end(y)

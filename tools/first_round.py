@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from wib_nbdev.plan import SETTINGS, with_arms
-from wib_nbdev.statistics import PUBLISHED, paired_differences, run_values, select
+from wib_nbdev.statistics import PUBLISHED, effect_in_words, paired_differences, run_values, select
 from wib_nbdev.sweep import Results, load_results
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +41,11 @@ def rate_table(results: Results) -> pd.DataFrame:
 
 
 def compare(old: Results, new: Results) -> pd.DataFrame:
-    """WIB-ReLU minus each rival with Adam 0.004, last epoch: effect and 95 % interval of both rounds,
-    percent of a loss, points of accuracy."""
+    "WIB-ReLU minus each rival with Adam 0.004, last epoch: effect and 95 % interval of both rounds."
     frames = []
     for results in (old, new):
         rows = paired_differences(select(results, valid='test', sample=False, **SETTINGS['Adam 0.004']))
-        words = [f'{100 * row.effect:+.2f} ({100 * row.effect_low:+.2f} to {100 * row.effect_high:+.2f})'
-                 for row in rows.itertuples()]
+        words = [effect_in_words(row) for row in rows.itertuples()]
         frames.append(rows.assign(words=words).set_index(['dataset', 'metric', 'rival'])['words'])
     return pd.concat(frames, axis=1, keys=['first round, seeds 0 to 9', 'second round, seeds 10 to 19'])
 

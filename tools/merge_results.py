@@ -6,16 +6,18 @@
     python tools/merge_results.py judge      # judge the results in the package again, as after a new claim
 """
 import argparse
-import ast
 import hashlib
-import re
+import json
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from wib_nbdev.claims import TEXTS, judge, robustness
+from wib_nbdev.claims import CLAIMS, judge, robustness
 from wib_nbdev.depth import DEPTH_TEXTS
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
@@ -24,6 +26,14 @@ ROOT = Path(__file__).parents[1]
 NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
 CRITERIA = '507e505'  # the commit of the claims and their criteria, before the first run
 DEPTH_CRITERIA = '772f07b'  # and that of the statements about depth
+FIELDS = ('place', 'theme', 'needs', 'quantity', 'quote', 'reading', 'criterion', 'threshold_from', 'varies')
+MENDED = {  # judges whose code has changed in meaning since that commit; the last alone can decide more
+    ('smooth', 'unit_smooth', 'default_unsmooth'):
+        'a comparison of fewer than eight pairs of finished runs is undecided, as in the other claims',
+    ('mitigates', 'fig7_cifar', 'fig9_improves', 'fig10', 'fig10_gradient', 'fig11_swings', 'fig11_range',
+     'corrects'): 'a comparison of fewer than two common seeds is undecided; one had counted as exact',
+    ('speed',): 'a setting of the grid at which a run diverged sets no target, as it is no best rate',
+}
 
 
 def git(*words: str) -> str:
@@ -31,7 +41,7 @@ def git(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def lacking(results: Results) -> set[str]:
+def missing_keys(results: Results) -> set[str]:
     "The keys of the plan that the results lack; the best rates follow from the rest."
     planned = {config.key for config in full_plan()}
     held = set(results.runs['key'])
@@ -49,51 +59,43 @@ def check_provenance(commits: set[str]) -> None:
                      'make these runs again, or leave them out; do not change CRITERIA')
 
 
-def claims_then() -> dict[str, dict[str, str]]:
-    "The texts of each claim, by id, at the commit of the criteria, where decorators in claims.py held them."
-    found, known = {}, {}
-    for node in ast.parse(git('show', f'{CRITERIA}:wib_nbdev/claims.py')).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            known[node.targets[0].id] = node.value.value
-        for call in getattr(node, 'decorator_list', []):
-            if getattr(getattr(call, 'func', None), 'id', '') != 'claim': continue
-            fields = dict(zip(('id', 'place', 'theme'), call.args, strict=True))
-            fields |= {each.arg: each.value for each in call.keywords}
-            text = {name: eval(ast.unparse(value), {}, known) for name, value in fields.items()}
-            found[text.pop('id')] = text
-    return found
+@cache
+def texts_then(commit: str, module: str, claims: str) -> dict[str, dict[str, Any]]:
+    "The texts of the claims at a commit, by id, as the code of that commit reads them."
+    code = (f'import json; from wib_nbdev.{module} import {claims} as claims\n'
+            f'print(json.dumps({{each.id: {{name: getattr(each, name) for name in {FIELDS} '
+            'if hasattr(each, name)} for each in claims}))')
+    with tempfile.TemporaryDirectory() as folder:
+        archive = ['git', '-C', str(ROOT), 'archive', commit, 'wib_nbdev']
+        files = subprocess.run(archive, capture_output=True, check=True).stdout
+        subprocess.run(['tar', '-x', '-C', folder], input=files, check=True)
+        ask = [sys.executable, '-c', code]
+        return json.loads(subprocess.run(ask, cwd=folder, capture_output=True, text=True, check=True).stdout)
+
+
+def texts_now() -> dict[str, dict[str, Any]]:
+    "The texts of the claims, by id, in the form of `texts_then`."
+    texts = {each.id: {name: getattr(each, name) for name in FIELDS} for each in CLAIMS}
+    return json.loads(json.dumps(texts))  # tuples as lists
 
 
 def changed_claims() -> list[str]:
     "The claims whose text, in any field, is not that of the criteria's commit."
-    then = claims_then()
-    now = {name: dict(TEXTS[name]) for name in TEXTS.sections()}
+    then, now = texts_then(CRITERIA, 'claims', 'CLAIMS'), texts_now()
     return sorted(name for name in then if then[name] != now.get(name))
 
 
 def added_claims() -> list[str]:
     "The claims that were added after the criteria's commit: runs that existed then could be known."
-    return sorted(set(TEXTS.sections()) - set(claims_then()))
+    return sorted(set(texts_now()) - set(texts_then(CRITERIA, 'claims', 'CLAIMS')))
 
 
 def changed_depth_claims() -> list[str]:
-    "The statements about depth whose text, in a field of that commit, is not that of its depth.py."
-    source = git('show', f'{DEPTH_CRITERIA}:wib_nbdev/depth.py')
-    wanted = {'Family', '_DENSE', '_CNN', 'FAMILIES', '_FROM_ROPE', '_QUESTION', '_BIPOLAR', 'DepthClaim',
-              '_claims_of', 'DEPTH_CLAIMS'}
-    parts = ['from __future__ import annotations', 'from typing import NamedTuple']
-    for node in ast.parse(source).body:
-        stored = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)
-                  and isinstance(each.ctx, ast.Store)]
-        names = {getattr(node, 'name', ''), *stored}
-        if names & wanted: parts.append(ast.unparse(node))
-    known = dict.fromkeys(re.findall(r'def (_?judge_\w+)', source)) | {'partial': lambda *_, **__: None}
-    exec('\n'.join(parts), known)
-    then = {each.id: each for each in known['DEPTH_CLAIMS']}
-    fields = ('place', 'quote', 'quantity', 'criterion', 'threshold_from')
-    texts = lambda name: [getattr(then[name], field) for field in fields]
-    return sorted(name for name in then.keys() | set(DEPTH_TEXTS.sections()) if name not in then
-                  or name not in DEPTH_TEXTS or texts(name) != [DEPTH_TEXTS[name][field] for field in fields])
+    "The statements about depth whose text, in a field of their criteria's commit, is not that of then."
+    then = texts_then(DEPTH_CRITERIA, 'depth', 'DEPTH_CLAIMS')
+    now = {name: dict(DEPTH_TEXTS[name]) for name in DEPTH_TEXTS.sections()}
+    return sorted(name for name in then | now
+                  if not (name in then and name in now and then[name].items() <= now[name].items()))
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -105,6 +107,8 @@ def markdown(frame: pd.DataFrame) -> str:
 def readme(results: Results) -> str:
     "What these files are, where they come from, and how to get them again."
     runs = with_arms(results).runs
+    # In full: pandas reads seven digits, or digits and an e, as a number.
+    runs['commit'] = runs['commit'].map({short: git('rev-parse', short) for short in set(runs['commit'])})
     settings = ['dataset', 'valid', 'optimizer', 'momentum', 'lr', 'arm']
     seeds = runs.groupby(settings)['seed'].nunique().unstack('arm', fill_value=0)
     where = ['processor', 'machine', 'cpu_capability', 'ran_on', 'threads', 'system', 'python', 'torch',
@@ -114,6 +118,7 @@ def readme(results: Results) -> str:
     table = pd.DataFrame([{'file': f'`{path.name}`', 'MB': f'{path.stat().st_size / 1e6:.2f}',
                            'SHA-256': f'`{hashlib.sha256(path.read_bytes()).hexdigest()}`'}
                           for path in files]).set_index('file')
+    mended = '\n'.join(f"- {', '.join(judges)}: {what}" for judges, what in MENDED.items())
     return f'''<!-- Written by tools/merge_results.py: do not edit. -->
 # The full reproduction
 
@@ -122,11 +127,15 @@ Full Fashion-MNIST and CIFAR-10, 20 epochs, batches of 256: {len(runs)} runs, to
 `make results` makes the runs that are missing.
 
 The criteria that judge these runs (`wib_nbdev/claims.ini`) were committed as
-{git('log', '-1', '--format=%h of %ci', CRITERIA)}; every run was made by a later commit. Claims whose text
+{git('log', '-1', '--format=%H of %ci', CRITERIA)}; every run was made by a later commit. Claims whose text
 was changed since: {', '.join(changed_claims()) or 'none'}; claims added since, so after some of the runs:
 {', '.join(added_claims()) or 'none'}. Settings and claims were chosen after 513 earlier
 runs with other seeds had been seen (`python tools/first_round.py compare` shows both); none of those is used
 here.
+
+Judges mended since, before the runs that they concern (no verdict on the runs merged by then changed):
+
+{mended}
 
 ## Seeds of each arm
 
@@ -173,7 +182,7 @@ def curves(results: Results) -> pd.DataFrame:
 def publish() -> None:
     "Makes results_next/ the results of the package."
     results = load_results(NEXT)
-    if missing := lacking(results):
+    if missing := missing_keys(results):
         sys.exit(f'{len(missing)} of the planned runs are missing: run and merge first')
     check_provenance(set(results.runs['commit']))
     write_results(results, PACKAGE)
@@ -215,7 +224,7 @@ def main() -> None:
         if lost: sys.exit(f'{options.store} lacks {len(lost)} runs of {NEXT.name}/; `run` restores them')
     write_results(results, NEXT)
     print(f'{len(results.runs)} runs are in {NEXT.relative_to(ROOT)}, '
-          f'{len(lacking(results))} of the plan are missing')
+          f'{len(missing_keys(results))} of the plan are missing')
 
 
 if __name__ == '__main__': main()

@@ -43,17 +43,17 @@ class _ShiftedReLU(torch.autograd.Function):
         return threshold(gradient, output, -shift.item()), of_shift  # saves one pass over the output
 
 @torch.fx.wrap  # torch.fx does not trace into it
-def _along_channels(shift: Tensor, x: Tensor) -> Tensor:
+def _broadcast_shift(shift: Tensor, x: Tensor) -> Tensor:
     "The shift in a shape that broadcasts against x: (channels,) lies along dimension 1."
     return shift.to(x.dtype).view(-1, *[1] * (x.dim() - 2)) if shift.dim() else shift
 
-def _take_form(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _match_shift(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     "Before a state is loaded, give the shift the saved form: one number, or one per channel."
     saved = state_dict.get(f'{prefix}shift')
     if saved is not None and saved.dim() != module.shift.dim():
         module.shift = module.shift.new_empty(saved.shape)
 
-def _describe(shift: Tensor) -> str:
+def _describe_shift(shift: Tensor) -> str:
     return f'shift={tuple(shift.shape)}' if shift.dim() or shift.is_meta else f'shift={shift.item():.4g}'
 
 # %% ../nbs/04_activations.ipynb #ca0c54b2
@@ -80,22 +80,18 @@ def wib_relu(x: Tensor, shift: float | Tensor = EQ7_SHIFT) -> Tensor:
     >>> wib_relu(torch.tensor([-1.0, 2.0]), 0.5)
     tensor([-0.5000,  1.5000])
     """
-    if isinstance(shift, Tensor): shift = _along_channels(shift, x)
+    if isinstance(shift, Tensor): shift = _broadcast_shift(shift, x)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return F.relu(x) - shift
     if not isinstance(shift, Tensor):
         shift = torch.tensor(shift, dtype=torch.promote_types(x.dtype, torch.float32), device='cpu')
     return _ShiftedReLU.apply(x, shift)
 
 # %% ../nbs/04_activations.ipynb #7ef47b92
-def figure_5(
-    fan_in:int=784, # inputs of the layer
-    n_trials:int=50, # random layers
-    seed:int=0, # of weights and inputs
-) -> Figure:
+def figure_5() -> Figure:
     "Fig. 5: mean and standard deviation of WIB-ReLU's output under Kaiming initialisation, trial by trial."
     figure, axes = panels(panel_size=(6, 3))
-    generator = torch.Generator().manual_seed(seed)
-    frame = simulate_layer(fan_in, fan_in, math.sqrt(2 / fan_in), n_trials, wib_relu, generator)
+    generator = torch.Generator().manual_seed(0)
+    frame = simulate_layer(784, 784, math.sqrt(2 / 784), 50, wib_relu, generator)
     ax = plot_trials(frame, ax=axes[0, 0])
     for name, level in {'mean': 0.0, 'std': math.sqrt(relu_moments(math.sqrt(2)).var)}.items():
         ax.axhline(level, **THEORY)
@@ -223,29 +219,25 @@ class WIBReLU(nn.Module):
     def __init__(self, shift: float | Tensor = EQ7_SHIFT) -> None:
         super().__init__()
         self.register_buffer('shift', 1.0 * torch.as_tensor(shift).detach())
-        self.register_load_state_dict_pre_hook(_take_form)
+        self.register_load_state_dict_pre_hook(_match_shift)
 
     def forward(self, x: Tensor) -> Tensor: return wib_relu(x, self.shift)
 
-    def extra_repr(self) -> str: return _describe(self.shift)
+    def extra_repr(self) -> str: return _describe_shift(self.shift)
 
 # %% ../nbs/04_activations.ipynb #cf4552b8
 class WIBReLUBatch(nn.Module):
     "Reading B of Eq. 8: relu(x) minus its batch mean in training, minus a running mean in evaluation."
     running_mean: Tensor
-    def __init__(
-        self,
-        momentum:float=0.1, # weight of the newest batch in the running mean, as in batch norm
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer('running_mean', torch.tensor(EQ7_SHIFT))
 
     def forward(self, x: Tensor) -> Tensor:
         activation = F.relu(x)
         if not self.training: return activation - self.running_mean
         mean = activation.mean()
-        self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+        self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), 0.1)  # as in batch norm
         return activation - mean
 
 class WIBReLUCode(nn.Module):
@@ -271,7 +263,8 @@ class ZeroMean(nn.Module):
     Raises
     ------
     ValueError
-        If fn is not elementwise, or has no finite second moment (from `gaussian_moments`).
+        If fn is not elementwise, or has no finite second moment (from `gaussian_moments`); with
+        `unit_variance`, if it is constant.
 
     Examples
     --------
@@ -284,15 +277,17 @@ class ZeroMean(nn.Module):
     ) -> None:
         super().__init__()
         moments = gaussian_moments(fn, preact_std)
+        if unit_variance and moments.var <= 1e-12 * moments.second_moment:
+            raise ValueError(f'fn={fn!r}: is constant at preact_std={preact_std!r}; it has no unit variance')
         self.fn, self.preact_std = fn, preact_std
         self.scale = 1 / math.sqrt(moments.var) if unit_variance else 1.0
         self.register_buffer('shift', torch.tensor(moments.mean))
-        self.register_load_state_dict_pre_hook(_take_form)
+        self.register_load_state_dict_pre_hook(_match_shift)
 
-    def forward(self, x: Tensor) -> Tensor: return (self.fn(x) - _along_channels(self.shift, x)) * self.scale
+    def forward(self, x: Tensor) -> Tensor: return (self.fn(x) - _broadcast_shift(self.shift, x)) * self.scale
 
     def extra_repr(self) -> str:
-        return f'{_describe(self.shift)}, scale={self.scale:.4g}, preact_std={self.preact_std:g}'
+        return f'{_describe_shift(self.shift)}, scale={self.scale:.4g}, preact_std={self.preact_std:g}'
 
 # %% ../nbs/04_activations.ipynb #ebb4bc9b
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -315,5 +310,4 @@ def make_activation(
     name:str, # one of `ACTIVATIONS`
 ) -> nn.Module:
     "A new module of that name at each call. `ValueError` for an unknown name; it gives the nearest one."
-    one_of(name, ACTIVATIONS, 'activation')
-    return ACTIVATIONS[name]()
+    return ACTIVATIONS[one_of(name, ACTIVATIONS, 'activation')]()

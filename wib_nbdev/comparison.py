@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 
 from .plan import PAPER_ARMS
 from wib_nbdev.statistics import (
-    CLAIMED, METRICS, PUBLISHED, ROPE, check_one_run_each, common_loss, kind_of, mean_interval,
-    paired_differences, run_values, select, speed_differences,
+    CLAIMED, METRICS, PUBLISHED, ROPE, check_one_run_each, common_loss, kind_of, paired_differences,
+    run_values, select, speed_differences, t_interval,
 )
 from .style import BAND, DATASET_LABELS, THEORY, colour, label, label_ends, marker, new_axes, panels
 from .sweep import Results
@@ -28,7 +28,7 @@ from .sweep import Results
 # %% ../nbs/07_comparison.ipynb #53badc34
 _all_ = ['paired_differences']
 
-def _t_interval(values: Any) -> tuple[float, float]: return mean_interval(values)[1:]
+def _ends(values: Any) -> tuple[float, float]: return t_interval(values)[1:]
 
 def _span(counts: Any) -> str: return ' to '.join(str(n) for n in sorted({min(counts), max(counts)}))
 
@@ -65,7 +65,7 @@ def plot_curves(
     part = frame[frame['split'] == split]
     ax = new_axes(ax)
     palette = {arm: colour(arm) for arm in part['arm'].unique()}
-    sns.lineplot(part, x='epoch', y=metric, hue='arm', palette=palette, errorbar=_t_interval, err_kws=BAND,
+    sns.lineplot(part, x='epoch', y=metric, hue='arm', palette=palette, errorbar=_ends, err_kws=BAND,
                  linewidth=1.4, legend=False, ax=ax)
     ax.set(ylim=ylim or _scale(part, metric, reference), xlim=(1, max(2, part['epoch'].max())),
            ylabel=f"{metric} ({'nats' if metric == 'loss' else 'share'})")
@@ -181,7 +181,7 @@ def plot_rates(
     there = values.dropna(subset='value')
     arms = list(there['arm'].unique())
     sns.pointplot(there, x='lr', y='value', hue='arm', order=rates, hue_order=arms, dodge=0.3,
-                  errorbar=_t_interval, err_kws=dict(linewidth=1), palette=[colour(arm) for arm in arms],
+                  errorbar=_ends, err_kws=dict(linewidth=1), palette=[colour(arm) for arm in arms],
                   markers=[marker(arm) for arm in arms], markersize=4, linewidth=1.2, legend=False,
                   formatter='{:g}'.format, ax=ax)
     ax.set(xlabel='learning rate', ylabel='accuracy (share)')

@@ -193,7 +193,7 @@ def _root(root:str | Path | None) -> Path:
     return Path(root or os.environ.get('WIB_DATA') or 'data')
 
 def _address(layout:_Layout, package:str) -> str:
-    "The URL of a package. A mirror has the paths of a data folder, so any data folder can be a mirror."
+    "The URL of a package. A mirror has the packed files at their paths in a data folder."
     mirror = os.environ.get('WIB_MIRROR')
     return f"{mirror.rstrip('/')}/{package}" if mirror else f'{layout.home}/{Path(package).name}'
 

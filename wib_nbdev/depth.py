@@ -36,7 +36,7 @@ from .claims import MissingRuns, Test, above, grade, near, some
 from .config import TrainConfig, one_of
 from .data import load, subset
 from .mean_shift import gaussian_moments
-from .statistics import MIN_PAIRS, ROPE, Interval, mean_interval
+from .statistics import MIN_PAIRS, ROPE, Interval, t_interval
 from .style import BAND, THEORY, colour, label, marker, new_axes, panels
 from .sweep import Results, configs_of, run_sweep
 from .training import calibration_batch, initial_network
@@ -221,7 +221,7 @@ def effects(
         if len(depths) > 1:
             doublings = np.log2(depths)
             each['change with depth'] = np.polyfit(doublings, values[depths].T, 1)[0] * np.ptp(doublings)
-        rows += [dict(effect=effect, over=over, n=len(wide), **mean_interval(x)._asdict())
+        rows += [dict(effect=effect, over=over, n=len(wide), **t_interval(x)._asdict())
                  for over, x in each.items()]
     return pd.DataFrame(rows)
 
@@ -242,6 +242,7 @@ def gain(
     ours, theirs = (wide.xs(each, axis=1, level='arm') for each in (arm, rival))
     return (ours - theirs).mean(axis=1)
 
+# %% ../nbs/lib/depth.ipynb #5c1e9a71
 ZERO_MEAN = {  # pairs of arms (zero mean, kept mean), whose differences are averaged
     'effect of the mean': (('wib_relu_centred_calibrated', 'relu'), ('wib_relu_calibrated', 'relu_shrunk')),
     'same weights': (('wib_relu_calibrated', 'relu'),),
@@ -259,7 +260,7 @@ def compare_means(
         for depths, (name, pairs) in product(groups, ZERO_MEAN.items()):
             try: gains = [gain(runs, family, depths, arm, rival, n_seeds=2) for arm, rival in pairs]
             except MissingRuns: continue
-            x = mean_interval(pd.concat(gains, axis=1).dropna().mean(axis=1))
+            x = t_interval(pd.concat(gains, axis=1).dropna().mean(axis=1))
             over = ', '.join(map(str, depths))
             rows.append(dict(family=family, depths=over, comparison=name, **x._asdict()))
     return pd.DataFrame(rows)
@@ -352,7 +353,7 @@ def decided_pairs(
         for depth in sorted({depth for depth, _ in wide}):
             there = [arm for arm in THEORIES if (depth, arm) in wide]
             for arm, rival in combinations(there, 2):
-                x = mean_interval((wide[depth, arm] - wide[depth, rival]).dropna())
+                x = t_interval((wide[depth, arm] - wide[depth, rival]).dropna())
                 if not (x.low > _HALF_POINT or x.high < -_HALF_POINT): continue
                 better, worse = (arm, rival) if x.mean > 0 else (rival, arm)
                 lead = np.subtract(signals(better, depth), signals(worse, depth))
@@ -421,15 +422,15 @@ def _judge_effect(runs:pd.DataFrame, family:str, over:str) -> Found:
 def _judge_equal_moments(runs:pd.DataFrame, family:str) -> Found:
     "A zero mean at exactly the same second moment, in deep networks."
     gains = gain(runs, family, UNMATCHED[family], 'wib_relu_unit', 'relu_unit')
-    return _judge_mean(family, f'{" and ".join(map(str, UNMATCHED[family]))} layers', mean_interval(gains))
+    return _judge_mean(family, f'{" and ".join(map(str, UNMATCHED[family]))} layers', t_interval(gains))
 
 def _judge_gains(
     conditions:dict[str, Condition], # by what they are
     part:dict[str, pd.Series] | None=None, # gains, one of which beyond half a point is enough for a part
 ) -> Found:
     "`grade` of the conditions; the value is the first one's."
-    found = {name: mean_interval(each.gains) for name, each in conditions.items()}
-    further = {name: mean_interval(x) for name, x in (part or {}).items()}
+    found = {name: t_interval(each.gains) for name, each in conditions.items()}
+    further = {name: t_interval(x) for name, x in (part or {}).items()}
     tests = [_is_above(found[name], each.bound, each.room) for name, each in conditions.items()]
     verdict = grade(*tests, part=some(above(x, _HALF_POINT) for x in further.values()))
     why = '; '.join(_describe_gain(name, x) for name, x in {**found, **further}.items())
@@ -482,7 +483,7 @@ def judge_predictor(runs:pd.DataFrame) -> Found:
     fitted, tested = pairs[pairs['family'] == 'mlp'], pairs[pairs['family'] != 'mlp']
     if fitted.empty or tested.empty: raise MissingRuns('pairs of arms with a clear difference')
     cells = hit_rates(tested, tested[_SIGNALS] @ fit_predictor(fitted))
-    x, plain = mean_interval(cells['hits']), hit_rates(tested, rank_leads(runs, tested))['hits'].mean()
+    x, plain = t_interval(cells['hits']), hit_rates(tested, rank_leads(runs, tested))['hits'].mean()
     why = (f'{x.mean:.0%} ({x.low:.0%} to {x.high:.0%}) of {len(tested)} pairs, as a mean over '
            f'{len(cells)} networks and depths. Without theory, by mean ranks in fully connected networks: '
            f'{plain:.0%}.')
@@ -527,7 +528,7 @@ def plot_depth_accuracy(
     ax = new_axes(ax, title=FAMILIES[family].label, xlabel='steps' if family == 'rnn' else 'hidden layers')
     for arm in [arm for arm in arms if arm in wide.columns.get_level_values('arm')]:
         part = wide.xs(arm, axis=1, level='arm').sort_index(axis=1)
-        ends = pd.DataFrame({n: mean_interval(x.dropna()) for n, x in part.items()}, Interval._fields).T
+        ends = pd.DataFrame({n: t_interval(x.dropna()) for n, x in part.items()}, Interval._fields).T
         ax.plot(ends.index, ends['mean'], color=colour(arm), marker=marker(arm), label=label(arm))
         ax.fill_between(ends.index, ends['low'], ends['high'], color=colour(arm), **BAND)
     ax.set_xscale('log', base=2)
@@ -589,8 +590,8 @@ def decision_chart(
         plain = mean.filter(list(THEORIES))
         here = held[(held['family'] == family) & held['depth'].isin(depths)]
         best = here.groupby('arm')['accuracy'].mean().idxmax()
-        lead = mean_interval(plain[best] - plain['relu'])
-        close = [arm for arm in plain if mean_interval(plain[best] - plain[arm]).low <= 100 * _HALF_POINT]
+        lead = t_interval(plain[best] - plain['relu'])
+        close = [arm for arm in plain if t_interval(plain[best] - plain[arm]).low <= 100 * _HALF_POINT]
         norm = mean.get('relu_batch_norm', pd.Series(dtype=float)) - mean['relu']
         rows.append(dict(network=network, use=label(best if lead.low > 100 * _HALF_POINT else 'relu'),
                          best=label(best), gain=lead.mean, low=lead.low, high=lead.high,

@@ -19,15 +19,10 @@ from .style import THEORY, panels
 from .variance import plot_trials, simulate_layer
 
 # %% ../nbs/02_initializers.ipynb #5f96fd62
-def figure_3b(
-    fan_in:int=784, # inputs and outputs of the layer
-    n_trials:int=50, # random layers
-    seed:int=0, # of weights and inputs
-) -> Figure:
+def figure_3b() -> Figure:
     "Fig. 3(b): weights by Eq. 5."
     figure, axes = panels(panel_size=(5.2, 3))
-    generator = torch.Generator().manual_seed(seed)
-    frame = simulate_layer(fan_in, fan_in, 1 / math.sqrt(fan_in), n_trials, generator=generator)
+    frame = simulate_layer(784, 784, 1 / math.sqrt(784), 50, generator=torch.Generator().manual_seed(0))
     ax = plot_trials(frame, ax=axes[0, 0])
     ax.axhline(1, label='Eq. 5: 1', **THEORY)
     ax.set(title='Fig. 3(b): weights by Eq. 5', ylim=(-0.4, 1.3))
@@ -139,11 +134,11 @@ def init_weights(
     for layer in layers.values():
         fan_in, fan_out = fans(layer.weight)
         std = scheme_std(scheme, fan_in, fan_out, gain)
-        end = math.sqrt(3) * std
+        limit = math.sqrt(3) * std
         orthogonal_gain = SCHEMES[scheme].gain if gain is None else gain
         match SCHEMES[scheme].distribution:
             case 'normal': nn.init.normal_(layer.weight, std=std, generator=generator)
-            case 'uniform': nn.init.uniform_(layer.weight, -end, end, generator)
+            case 'uniform': nn.init.uniform_(layer.weight, -limit, limit, generator)
             case 'orthogonal': nn.init.orthogonal_(layer.weight, orthogonal_gain, generator)
         if layer.bias is None: continue
         bound = 1 / math.sqrt(fan_in) if scheme.startswith('pytorch') else 0.0  # zeros use random numbers too

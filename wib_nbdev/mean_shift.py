@@ -30,20 +30,16 @@ def relu_moments(
     preact_std:float=1.0, # standard deviation of the pre-activation, whose mean is 0
 ) -> Moments:
     "The moments of relu(z), z ~ N(0, preact_std^2), in closed form (Eq. 03.1)."
-    mean, second_moment = preact_std / math.sqrt(2 * math.pi), preact_std**2 / 2
+    mean, second_moment = abs(preact_std) / math.sqrt(2 * math.pi), preact_std**2 / 2
     return Moments(mean, second_moment - mean**2, second_moment)
 
 # %% ../nbs/03_mean_shift.ipynb #c805b492
-def figure_4(
-    fan_in:int=784, # inputs and outputs of the layer
-    n_trials:int=50, # random layers
-    seed:int=0, # of weights and inputs
-) -> Figure:
+def figure_4() -> Figure:
     "Fig. 4: a ReLU's output under Eq. 5 (a) and Kaiming initialisation (b), with Eq. 03.1 dashed."
     figure, axes = panels(1, 2, panel_size=(4.4, 3), sharey=True)
     for ax, gain, title in zip(axes[0], (1.0, math.sqrt(2)), ('(a) Eq. 5', '(b) Kaiming'), strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        frame = simulate_layer(fan_in, fan_in, gain / math.sqrt(fan_in), n_trials, torch.relu, generator)
+        generator = torch.Generator().manual_seed(0)
+        frame = simulate_layer(784, 784, gain / math.sqrt(784), 50, torch.relu, generator)
         plot_trials(frame, ax=ax)
         moments = relu_moments(gain)
         for name, level in {'mean': moments.mean, 'std': math.sqrt(moments.var)}.items():

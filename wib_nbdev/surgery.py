@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -55,38 +54,40 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"model: {name or 'it'} is compiled or scripted: pass the original module")
 
 def _has_hooks(part: nn.Module) -> bool:
-    hooks = [key for key in vars(part) if key.endswith('_hooks') and 'state_dict' not in key]
-    return any(vars(part)[key] for key in hooks)
+    return any(vars(part)[key] for key in vars(part) if key.endswith('_hooks') and 'state_dict' not in key)
 
 class _Site(NamedTuple):
-    "A call in a class that a swap rewrites."
+    "A call of the activation in a method, and what a swap puts in its place."
     method: str  # the attribute of the class
     number: int  # of the call, among those of the method
+    line: int
     text: str  # the call as it was written
-    target: str  # what is called in its place: an attribute of the module, such as 'relu_1'
+    name: str  # of the function or child that is called
+    path: str  # of the child, such as 'acts[0]'; '' for a function
     inplace: bool  # whether the result is assigned to the variable that the call overwrote
+    target: str = ''  # what is called in its place: an attribute of the module, such as 'relu_1'
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def _walk_codes(code: CodeType) -> Iterator[CodeType]:
     "A code, and the codes of what is defined inside of it."
     yield code
     for each in code.co_consts:
-        if isinstance(each, CodeType): yield from _codes(each)
+        if isinstance(each, CodeType): yield from _walk_codes(each)
 
-def _code(tree: ast.Module, fn: Any) -> CodeType | None:
+def _compile_method(tree: ast.Module, fn: Any) -> CodeType | None:
     "The code of a function in the tree of its file."
     file, place = f'<swapped: {fn.__code__.co_filename}>', (fn.__code__.co_name, fn.__code__.co_firstlineno)
     module = compile(tree, file, 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)
-    return next((each for each in _codes(module) if (each.co_name, each.co_firstlineno) == place), None)
+    return next((each for each in _walk_codes(module) if (each.co_name, each.co_firstlineno) == place), None)
 
 @lru_cache(maxsize=256)
-def _tree(fn: Any) -> tuple[ast.Module, ast.FunctionDef]:
+def _parse_method(fn: Any) -> tuple[ast.Module, ast.FunctionDef]:
     "The syntax tree of a method's file, and the method in it. `ValueError` if it is not what runs."
     try: tree = ast.parse(''.join(inspect.findsource(fn)[0]))
     except (OSError, TypeError, SyntaxError): raise ValueError(f'{fn.__qualname__} has no source') from None
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or node.name != fn.__code__.co_name: continue
         first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-        if first == fn.__code__.co_firstlineno and _code(tree, fn) == fn.__code__: return tree, node
+        if first == fn.__code__.co_firstlineno and _compile_method(tree, fn) == fn.__code__: return tree, node
     raise ValueError(f'the source of {fn.__qualname__} is not what runs')
 
 _PLAIN = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.Load)
@@ -104,10 +105,10 @@ def _argument(call: ast.Call) -> ast.expr | None:
     if call.keywords: return next((each.value for each in call.keywords if each.arg in ('input', 'x')), None)
     return call.func.value if isinstance(call.func, ast.Attribute) else None
 
-def _calls(node: ast.FunctionDef) -> list[ast.Call]:
+def _list_calls(node: ast.FunctionDef) -> list[ast.Call]:
     return [each for each in ast.walk(node) if isinstance(each, ast.Call)]
 
-def _names_in(fn: Any, part: nn.Module) -> dict[str, Any]:
+def _bind_names(fn: Any, part: nn.Module) -> dict[str, Any]:
     "What the names in a method stand for, as far as they are not local: globals, closure, the module itself."
     code, cells = fn.__code__, fn.__closure__ or ()
     names = fn.__globals__ | dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
@@ -121,23 +122,17 @@ def _is_method(call: ast.Call, functions: dict[Any, str], names: dict[str, Any])
     return call.func.attr in functions.values() and not callable(_look_up(call.func.value, names))
 
 # %% ../nbs/lib/surgery.ipynb #0aafccb1
-class _Found(NamedTuple):
-    "A call of the activation in a method."
-    node: ast.Call
-    path: str  # of the child that is called, or ''
-    name: str  # of the function or child
-    site: _Site  # without a target
-
 def _find_calls(
     method: str, fn: Any, part: nn.Module, functions: dict[Any, str], old: set[int],
-) -> list[_Found]:
+) -> list[_Site]:
     "The calls of the activation in a method, in order. `old` has the ids of the children that are replaced."
-    found, names = list[_Found](), _names_in(fn, part)
-    for number, call in enumerate(_calls(_tree(fn)[1])):
+    found, names, calls = list[_Site](), _bind_names(fn, part), _list_calls(_parse_method(fn)[1])
+    for number, call in enumerate(calls):
         called, text = _look_up(call.func, names), ast.unparse(call.func)
         parameters = getattr(getattr(called, '__code__', None), 'co_varnames', ())
         given = dict(zip(parameters, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
-        inplace = _look_up(given.get('inplace', ast.Constant(False)), names)
+        asked = given.get('inplace', ast.Constant(False))
+        inplace = None if 'training' in ast.unparse(asked) else _look_up(asked, names)
         path, name = '', text.rpartition('.')[2]
         own = text.partition('.')[2] if text.startswith(f'{fn.__code__.co_varnames[0]}.') else ''
         is_function = any(called is each for each in functions)
@@ -147,28 +142,28 @@ def _find_calls(
         elif not _is_method(call, functions, names): continue
         if _argument(call) is None: continue
         if inplace is None: raise ValueError(f'only a run of {ast.unparse(call)} shows if it is in place')
-        site = _Site(method, number, ast.unparse(call), '', inplace or (name.endswith('_') and not path))
-        found.append(_Found(call, path, name, site))
-    return sorted(found, key=lambda each: (each.node.lineno, -len(each.site.text)))
+        inplace = inplace or (name.endswith('_') and not path)
+        found.append(_Site(method, number, call.lineno, ast.unparse(call), name, path, inplace))
+    return sorted(found, key=lambda each: (each.line, calls[each.number].col_offset))
 
-def _exclude(first: ast.Call, second: ast.Call, fn: Any) -> bool:
+def _are_exclusive(first: int, second: int, fn: Any) -> bool:
     "Whether only one of two calls in a method is run: they are in different branches. `first` comes first."
-    for choice in ast.walk(_tree(inspect.unwrap(fn))[1]):
-        if not isinstance(choice, (ast.If, ast.IfExp, ast.Match)): continue
-        parts: list[Any] = choice.cases if isinstance(choice, ast.Match) else [choice.body, choice.orelse]
-        inside = [{each for one in (part if isinstance(part, list) else [part]) for each in ast.walk(one)}
-                  for part in parts]
+    node = _parse_method(inspect.unwrap(fn))[1]
+    one, other = (_list_calls(node)[number] for number in (first, second))
+    for choice in ast.walk(node):
+        if not isinstance(choice, (ast.If, ast.IfExp)): continue
+        parts: list[Any] = [choice.body, choice.orelse]
+        body, rest = ({each for top in (part if isinstance(part, list) else [part]) for each in ast.walk(top)}
+                      for part in parts)
         leaves = isinstance(choice, ast.If) and isinstance(choice.body[-1], (ast.Return, ast.Raise))
-        if leaves and first in inside[0] and second not in {*ast.walk(choice)}: return True
-        if any(first in one and second in other for one in inside for other in inside if one is not other):
-            return True
+        if one in body and (other in rest or (leaves and other not in body)): return True
     return False
 
 # %% ../nbs/lib/surgery.ipynb #f55e8919
 class _Rewriter(ast.NodeTransformer):
     "Replaces some of the calls in a method by others."
     def __init__(self, node: ast.FunctionDef, sites: Iterable[_Site]) -> None:
-        calls, self.sites = _calls(node), dict[ast.Call, _Site]()
+        calls, self.sites = _list_calls(node), dict[ast.Call, _Site]()
         self.owner = [*node.args.posonlyargs, *node.args.args][0].arg
         scopes = [each for each in ast.walk(node) if isinstance(each, _SCOPES) and each is not node]
         self.inner = {each for scope in scopes for each in ast.walk(scope)}
@@ -188,18 +183,19 @@ class _Rewriter(ast.NodeTransformer):
         return ast.copy_location(new, node)
 
 @cache
-def _rewritten(fn: Any, sites: tuple[_Site, ...]) -> Any:
+def _rewrite_method(fn: Any, sites: tuple[_Site, ...]) -> Any:
     "A method with some calls rewritten, in copies of its wrappers; globals, closure and defaults stay."
     code, cells, inner = fn.__code__, fn.__closure__ or (), getattr(fn, '__wrapped__', None)
     if inner is None:
-        (tree, node), named = copy.deepcopy(_tree(fn)), dict(zip(code.co_freevars, cells, strict=True))
+        tree, node = copy.deepcopy(_parse_method(fn))
+        named = dict(zip(code.co_freevars, cells, strict=True))
         _Rewriter(node, sites).visit(node)
-        code = _code(ast.fix_missing_locations(tree), fn) or code
+        code = _compile_method(ast.fix_missing_locations(tree), fn) or code
         cells = tuple(named[name] for name in code.co_freevars)
     elif not any(cell.cell_contents is inner for cell in cells):
         raise ValueError(f'{fn.__qualname__} is decorated, and its wrapper does not hold the function itself')
     else:
-        again = CellType(_rewritten(inner, sites))
+        again = CellType(_rewrite_method(inner, sites))
         cells = tuple(again if cell.cell_contents is inner else cell for cell in cells)
     new: Any = update_wrapper(FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, cells), fn)
     new.__kwdefaults__ = fn.__kwdefaults__
@@ -207,7 +203,7 @@ def _rewritten(fn: Any, sites: tuple[_Site, ...]) -> Any:
     else: new.__wrapped__ = again.cell_contents
     return new
 
-def _methods(kind: type) -> dict[str, Any]:
+def _list_methods(kind: type) -> dict[str, Any]:
     """The methods that a class and its bases define, except those of torch and special methods such as
     `__init__`."""
     kinds = [each for each in reversed(kind.__mro__) if not each.__module__.startswith('torch.')]
@@ -216,20 +212,20 @@ def _methods(kind: type) -> dict[str, Any]:
             if inspect.isfunction(value) and not name.startswith('__')}
 
 @cache
-def _swapped_class(kind: Any, sites: tuple[_Site, ...]) -> Any:
+def _make_swapped_class(kind: Any, sites: tuple[_Site, ...]) -> Any:
     "A class like `kind` with calls rewritten. Its instances are copied and pickled by rewriting them again."
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = kind.__reduce_ex__(self, max(int(protocol), 2))
-        return (_blank, (kind, sites), *reduced[2:]) if reduced[0].__name__ == '__newobj__' else reduced
+        return (_make_blank, (kind, sites), *reduced[2:]) if reduced[0].__name__ == '__newobj__' else reduced
     methods = {site.method: tuple(each for each in sites if each.method == site.method) for site in sites}
-    body = {name: _rewritten(_methods(kind)[name], some) for name, some in methods.items()}
+    body = {name: _rewrite_method(_list_methods(kind)[name], some) for name, some in methods.items()}
     more = dict(__reduce_ex__=__reduce_ex__, __module__=kind.__module__, __qualname__=kind.__qualname__,
                 __doc__=kind.__doc__, _swapped_from=(kind, sites))
     return type(kind)(kind.__name__, (kind,), body | more)
 
-def _blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
+def _make_blank(kind: Any, sites: tuple[_Site, ...]) -> nn.Module:
     "A module without state, for pickle and copy to fill."
-    return kind.__new__(_swapped_class(kind, sites))
+    return kind.__new__(_make_swapped_class(kind, sites))
 
 # %% ../nbs/lib/surgery.ipynb #930768c1
 _Rows = list[dict[str, Any]]
@@ -239,7 +235,7 @@ _NOT_REWRITTEN = ('is not rewritten: see the report of swap_activations; calls i
 _NO_CHILD = 'is no child of the model: made in a forward, or kept in a list'
 _OVER_CHILDREN = 'its class runs over its children and would run a new unit too: make the call a module'
 
-def _row(name: str, old: str, note: str = '', source: str = '', place: Any = None) -> dict[str, Any]:
+def _make_row(name: str, old: str, note: str = '', source: str = '', place: Any = None) -> dict[str, Any]:
     "A row of a swap's report. `place`: the module and attribute that get a unit, if one is made."
     return dict(name=name.strip('.'), old=old, new='', swapped=False, note=note, source=source, place=place)
 
@@ -252,17 +248,18 @@ def _plan_children(name: str, part: nn.Module, old: type[nn.Module], functions: 
         why = '' if type(child) is old else f'is a subclass of {old.__name__}: pass it as `old`'
         if not why and _has_hooks(child): why = 'carries hooks: remove them first'
         note = why or 'was in place' * bool(getattr(child, 'inplace', False))
-        rows.append(_row(f'{name}.{key}', type(child).__name__, note, place=None if why else (part, key)))
+        place = None if why else (part, key)
+        rows.append(_make_row(f'{name}.{key}', type(child).__name__, note, place=place))
     for key, value in vars(part).items():
-        if any(value is each for each in functions):
-            rows.append(_row(f'{name}.{key}', functions[value], 'was in an attribute', place=(part, key)))
+        if not any(value is each for each in functions): continue
+        rows.append(_make_row(f'{name}.{key}', functions[value], 'was in an attribute', place=(part, key)))
     if isinstance(part, (nn.RNN, nn.RNNCell)) and part.nonlinearity == _NAMES.get(old):
-        rows.append(_row(name, f'{type(part).__name__}, {part.nonlinearity}', _FUSED))
+        rows.append(_make_row(name, f'{type(part).__name__}, {part.nonlinearity}', _FUSED))
     return rows
 
 def _code_names(fn: Any) -> set[str]:
     "The globals and attributes that a function names, with the functions inside of it."
-    return {name for code in _codes(inspect.unwrap(fn).__code__) for name in code.co_names}
+    return {name for code in _walk_codes(inspect.unwrap(fn).__code__) for name in code.co_names}
 
 def _runs_over_children(part: nn.Module, methods: dict[str, Any], reached: list[str]) -> bool:
     "Whether one of some methods, or one that they call, asks for the children of the module."
@@ -272,57 +269,60 @@ def _runs_over_children(part: nn.Module, methods: dict[str, Any], reached: list[
         reached += [each for each in methods if each in names and each not in reached]
     return isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
-def _free_name(part: nn.Module, call: _Found, taken: set[str]) -> str:
+def _free_name(part: nn.Module, call: _Site, taken: set[str]) -> str:
     "A name that a module does not have: relu_1 for the first function, act_2 for a second call of self.act."
     base = re.sub(r'\W+', '_', call.path or call.name).strip('_')
     names = (f'{base}_{n}' for n in count(2 if call.path else 1))
     return next(name for name in names if not hasattr(part, name) and name not in taken)
 
-def _assign(part: nn.Module, calls: list[_Found], fn: Any, seen: set[str]) -> Iterator[tuple[_Found, bool]]:
+def _assign_targets(
+    part: nn.Module, calls: list[_Site], fn: Any, seen: set[str],
+) -> Iterator[tuple[_Site, bool]]:
     """Gives each call in a method its target, and says whether that is a new unit. Calls of which only one is
     run share a unit."""
-    groups = list[list[_Found]]()
+    groups: dict[str, list[_Site]] = {}
     for call in calls:
-        group = next((group for group in groups if group[0].path == call.path
-                      and all(_exclude(each.node, call.node, fn) for each in group)), [])
-        first = bool(call.path) and call.path not in seen
-        target = group[0].site.target if group else call.path if first else _free_name(part, call, seen)
+        target = next((target for target, group in groups.items() if group[0].path == call.path
+                       and all(_are_exclusive(each.number, call.number, fn) for each in group)), '')
+        is_new = not target and (not call.path or call.path in seen)
+        target = target or (_free_name(part, call, seen) if is_new else call.path)
         seen |= {call.path, target}
-        group.append(call._replace(site=call.site._replace(target=target)))
-        if len(group) == 1: groups.append(group)
-        yield group[-1], len(group) == 1 and not first
+        groups.setdefault(target, []).append(call)
+        yield call._replace(target=target), is_new
 
 def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[int]) -> tuple[_Rows, Any]:
     """Rows for the calls of the activation in the code of a module, and the class that it gets for them,
     if any."""
     before: Any = getattr(type(part), '_swapped_from', (type(part), ()))
-    methods, sites, report, seen = _methods(before[0]), before[1], _Rows(), set[str]()
+    methods, sites, report, seen = _list_methods(before[0]), before[1], _Rows(), set[str]()
     for method, fn in methods.items():
         names, new, rows = _code_names(fn), list[_Site](), _Rows()
-        named = names.intersection(functions.values())
+        known = inspect.unwrap(fn).__globals__  # where it may have another name
+        named = {each for each in names
+                 if each in functions.values() or any(known.get(each) is function for function in functions)}
         if not named and not names & {*part._modules, *vars(part)}: continue
         try:
             calls = _find_calls(method, inspect.unwrap(fn), part, functions, old)
-            calls = [call for call in calls if not any(call.site[:2] == site[:2] for site in sites)]
-            for call, is_new in _assign(part, calls, fn, seen):
-                site, path = call.site, call.path
-                if site.target != path or site.inplace or 'input=' in site.text: new.append(site)
+            calls = [call for call in calls if call[:2] not in {site[:2] for site in sites}]
+            for site, is_new in _assign_targets(part, calls, fn, seen):
+                if site.target != site.path or site.inplace or 'input=' in site.text: new.append(site)
                 if not is_new: continue
-                note = ', '.join(['was a further call'] * bool(path) + ['was in place'] * site.inplace)
-                source = f'{fn.__module__}, line {call.node.lineno}: {site.text}'
-                rows.append(_row(f'{name}.{site.target}', call.name, note, source, (part, site.target)))
+                note = ', '.join(['was a further call'] * bool(site.path) + ['was in place'] * site.inplace)
+                source = f'{fn.__module__}, line {site.line}: {site.text}'
+                rows.append(_make_row(f'{name}.{site.target}', site.name, note, source, (part, site.target)))
             runs = [each for each in ('forward', method) if each in methods]
             if rows and _runs_over_children(part, methods, runs): raise ValueError(_OVER_CHILDREN)
             if new and method in vars(part): raise ValueError(f'its {method} was replaced: swap before that')
-            if new: _rewritten(fn, tuple(new))
+            if new: _rewrite_method(fn, tuple(new))
             sites = (*sites, *new)
         except ValueError as error:
-            if named and not rows: rows = [_row(name, min(named), '', f'{fn.__module__}: {fn.__qualname__}')]
+            source = f'{fn.__module__ or "made by exec"}: {fn.__qualname__}'
+            if named and not rows: rows = [_make_row(name, min(named), '', source)]
             rows = [{**row, 'name': name, 'note': str(error), 'place': None} for row in rows]
         report += rows
-    return report, None if sites == before[1] else _swapped_class(before[0], sites)
+    return report, None if sites == before[1] else _make_swapped_class(before[0], sites)
 
-def _put(row: dict[str, Any], unit: nn.Module, model: nn.Module) -> None:
+def _place_unit(row: dict[str, Any], unit: nn.Module, model: nn.Module) -> None:
     "Puts a unit at the place of a row, in the mode, on the device and in the dtype of what is there."
     part, key = row['place']
     parameters = [p for p in (*part.parameters(), *model.parameters()) if p.is_floating_point()]
@@ -373,8 +373,10 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
     """
     _check_model(model)
     make: Any = partial(make_activation, new) if isinstance(new, str) else new
-    if isinstance(make, nn.Module) or not callable(make):
-        raise TypeError(f'new={new!r}: must be a name, or return a new module at each call, as nn.SiLU does')
+    wrong = TypeError(f'new={new!r}: must be a name, or return a new module at each call, as nn.SiLU does')
+    if isinstance(make, nn.Module) or not callable(make): raise wrong
+    if not (isinstance(old, type) and issubclass(old, nn.Module)):
+        raise TypeError(f'old={old!r}: must be a class of modules, such as nn.ReLU')
     functions, modules = _functions_of(old), dict(model.named_modules())
     there = [name for name, part in modules.items() if name and isinstance(part, ACTIVATION_TYPES)]
     inside = tuple(f'{name}.' for name in there)
@@ -384,12 +386,13 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
     children = {id(part._modules[key]) for part, key in places if key in part._modules}
     plans = {name: _plan_calls(name, part, functions, children) for name, part in parts.items()}
     report = [row for name in parts for row in rows[name] + plans[name][0]]
-    if not any(row['place'] for row in report):
+    found = [row for row in report if row['place']]
+    if not found:
         reasons = '; '.join(f"{row['name'] or 'the model'}: {row['note']}" for row in report)
         raise ValueError(f'model: no {old.__name__} inside of it can be swapped; {reasons or "it has none"}')
-    with torch.random.fork_rng(devices=[]): units = [make() if row['place'] else None for row in report]
-    for row, unit in zip(report, units, strict=True):
-        if unit is not None: _put(row, unit, model)
+    with torch.random.fork_rng(devices=[]): units = [make() for _ in found]
+    if not all(isinstance(unit, nn.Module) for unit in units) or len({*units}) < len(units): raise wrong
+    for row, unit in zip(found, units, strict=True): _place_unit(row, unit, model)
     for name, part in parts.items():
         if plans[name][1]: part.__class__ = plans[name][1]
         layers = part.layers if isinstance(part, nn.TransformerEncoder) else ()
@@ -426,25 +429,11 @@ _LAYERS: dict[Any, tuple[int, int]] = {  # where weight and bias stand among the
     F.layer_norm: (2, 3), F.group_norm: (2, 3), F.batch_norm: (3, 4), F.instance_norm: (3, 4)}
 _ACTIVATIONS = {fn: name.rstrip('_') for old in _NAMES for fn, name in _functions_of(old).items()} | {
     getattr(torch, f'rnn_{name}{cell}'): f'rnn_{name}' for name in ('relu', 'tanh') for cell in ('', '_cell')}
-_READS = {'item', 'tolist', 'numpy', '__bool__', '__float__', '__int__', '__index__', '__array__'}
 
 def _tensors(*trees: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 def _version(tensor: Tensor) -> int: return 0 if tensor.is_inference() else tensor._version
-
-class _Kernels(TorchDispatchMode):
-    "Reports to a watch the ReLUs that are no call of a torch function: those in TorchScript."
-    def __init__(self, watch: Any) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def run() -> Any: return func(*args, **(kwargs or {}))
-        is_relu = func.overloadpacket in (torch.ops.aten.relu, torch.ops.aten.relu_)
-        if self.watch.busy or not is_relu: return run()
-        call = self.watch.place('relu', sys._getframe(1))._replace(note='runs in TorchScript')
-        return self.watch.activation(call, args[0], run)
 
 # %% ../nbs/lib/surgery.ipynb #77118123
 class _Watch(TorchFunctionMode):
@@ -474,9 +463,9 @@ class _Watch(TorchFunctionMode):
         "Runs the model once; returns its output tensors."
         self.values: Any = WeakTensorKeyDictionary()
         self.calls: dict[Any, list[_Step]] = defaultdict(list)  # of each activation
-        self.written: list[tuple[Any, _Value, int]] = []  # units that were in place, their input, its readers
         self.marks: list[Tensor] = []
         self.busy, self.eps = 0, 0.0  # how deep in activations; the coarsest precision of what is computed
+        torch.clear_autocast_cache()  # else weights that were cached earlier would be used
         with ExitStack() as stack:
             for module, name in self.names.items():
                 if _has_hooks(module):
@@ -485,7 +474,6 @@ class _Watch(TorchFunctionMode):
                 if not isinstance(module, ACTIVATION_TYPES): continue
                 stack.callback(module.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self.leave).remove)
-            stack.enter_context(_Kernels(self))
             stack.enter_context(self)
             output = _run(self.model, batch)
         self.read('the output of the model', output)
@@ -495,12 +483,10 @@ class _Watch(TorchFunctionMode):
         self.busy += 1
         if self.busy > 1: return None  # one activation inside of another
         x, call = [*args, *kwargs.values()][0], _Call(self.names[module], type(module).__name__, module)
-        step = _Step(call.name, [self.value(x)], [])
+        whole = [each for each in (x, x._base) if each is not None]  # with what x is a view of
+        step = _Step(call.name, [self.value(each) for each in whole], [])
         self.calls[module].append(step)
-        step.given[0].readers.append(step)
-        for tensor in (x, x._base) if hasattr(module, '_was_in_place') else ():
-            if tensor is None: continue
-            self.written.append((module, self.value(tensor), len(self.value(tensor).readers)))
+        for value in step.given: value.readers.append(step)
         new = self.before(call, x)
         return None if new is None else ((new,), {})
 
@@ -525,10 +511,10 @@ class _Watch(TorchFunctionMode):
         given = _tensors(args, kwargs)
         versions = [_version(tensor) for tensor in given]
         if func not in _ACTIVATIONS or not given: output = run()
-        else: output = self.activation(self.place(_ACTIVATIONS[func], sys._getframe(1)), given[0], run)
+        else: output = self.activation(self.locate_call(_ACTIVATIONS[func], sys._getframe(1)), given[0], run)
         changed = [each for each, version in zip(given, versions, strict=True) if _version(each) != version]
         made = [tensor for tensor in _tensors(output) if not any(tensor is each for each in given)]
-        if made or changed or func.__name__ in _READS:  # else it only passes a tensor on, or reads a shape
+        if made or changed:  # else it only passes a tensor on, or reads a shape
             self.note(func, args, kwargs or {}, [self.value(tensor) for tensor in given], [*made, *changed])
         return output
 
@@ -542,16 +528,17 @@ class _Watch(TorchFunctionMode):
             self.values[tensor] = _Value(step)
             if tensor.is_floating_point(): self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
 
-    def place(self, kind: str, frame: FrameType | None) -> _Call:
+    def locate_call(self, kind: str, frame: FrameType | None) -> _Call:
         "Where a function is called: the module in whose code that is, the line, and why it was not swapped."
         source, owner, reason = '', None, _NOT_REWRITTEN
         while frame is not None and frame.f_code is not _run.__code__ and not (source and owner):
-            code, space = frame.f_code, str(frame.f_globals.get('__name__', 'generated code'))
+            code, module_name = frame.f_code, str(frame.f_globals.get('__name__', 'generated code'))
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             here = code.co_filename == _run.__code__.co_filename
-            if not (source or here or space.startswith('torch.')):
+            if not (source or here or module_name.startswith('torch.')):
                 file = re.sub('^<swapped: (.*)>$', r'\1', code.co_filename)
-                source = f'{space}, line {frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}'
+                text = linecache.getline(file, frame.f_lineno).strip()
+                source = f'{module_name}, line {frame.f_lineno}: {text}'
                 if not owner and not isinstance(first, nn.Module): reason = 'is called outside of a module'
             if not owner and isinstance(first, nn.Module):
                 if isinstance(first, ACTIVATION_TYPES): reason = _NO_CHILD
@@ -572,24 +559,23 @@ class _Watch(TorchFunctionMode):
 
     def overwritten(self, unit: nn.Module) -> str:
         "A note if a unit was in place and its input is read again."
-        again = any(each is unit and len(value.readers) > n for each, value, n in self.written)
-        return 'was in place: its input is read again, now without the activation' if again else ''
+        again = any(value.readers[-1] is not step for step in self.calls[unit] for value in step.given)
+        if not again or not hasattr(unit, '_was_in_place'): return ''
+        return 'was in place: its input is read again, now without the activation'
 
 # %% ../nbs/lib/surgery.ipynb #6a44962d
 @contextmanager
-def _undisturbed(model: nn.Module, training: bool = True) -> Iterator[None]:
+def _restore_afterwards(model: nn.Module, training: bool = True) -> Iterator[None]:
     """For a pass that only observes: no gradients, dropout off, norms in the model's mode or in evaluation
     mode. Afterwards all modules (but not parameters) and random number generators are restored."""
     kept = [(part, dict(vars(part)), [(key, each, each.clone()) for key, each in part._buffers.items()
                                       if each is not None]) for part in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == 'cuda'})
-    caching = torch.is_autocast_cache_enabled()
     try:
         for part, *_ in kept: part.training = training and part.training and isinstance(part, _NormBase)
-        torch.set_autocast_cache_enabled(False)  # else weights that were cached earlier would be used
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices): yield
     finally:
-        torch.set_autocast_cache_enabled(caching)
+        torch.clear_autocast_cache()
         for part, state, buffers in kept:
             vars(part).clear()
             vars(part).update(state)
@@ -601,10 +587,13 @@ def _run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping): return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
-def _batches(batch: Any) -> Iterable[Any]:
+def _batches(batch: Any) -> Iterator[Any]:
     "The batches: the argument itself, or what an iterable yields; from (inputs, labels), the inputs."
-    if isinstance(batch, (Tensor, Mapping, tuple, list)): return [batch]
-    return (each[0] if isinstance(each, (tuple, list)) else each for each in batch)
+    is_one, is_empty = isinstance(batch, (Tensor, Mapping, tuple, list)), True
+    for each in [batch] if is_one else batch:
+        yield each[0] if not is_one and isinstance(each, (tuple, list)) else each
+        is_empty = False
+    if is_empty: raise ValueError('batch: yields no batch')
 
 # %% ../nbs/lib/surgery.ipynb #9d67b7a6
 class FoldedWIBReLU(WIBReLU):
@@ -625,6 +614,10 @@ class FoldedWIBReLU(WIBReLU):
         if not self.shift.dim(): return torch.maximum(x, floor)
         return torch.maximum(x.movedim(1, -1), floor).movedim(-1, 1)
 
+    def inactive(self, x: Tensor) -> Tensor:
+        "Where the ReLU is off: its pre-activation is x + shift."
+        return x <= self.forward(torch.full_like(x, -math.inf))
+
 def _is_unit(module: Any) -> bool:
     "Whether `calibrate` sets the shift of a module."
     return isinstance(module, (WIBReLU, ZeroMean)) and not isinstance(module, FoldedWIBReLU)
@@ -641,7 +634,7 @@ class _Calibration(_Watch):
         super().__init__(model)
         self.per_channel, self.gain, self.first, self.passes = per_channel, gain, True, 0
         self.rows: dict[Any, dict[str, Any]] = {}  # by unit, or by place for a ReLU that was not swapped
-        self.pooled: dict[Any, tuple[int, Tensor]] = {}  # of a unit: the values of a sweep, and their mean
+        self.pooled: dict[Any, tuple[int, Tensor]] = {}  # of a unit: how many values, and their mean
         self.kept: list[tuple[Tensor, Tensor]] = []  # parameters that were scaled, and what they were
 
     def before(self, call: _Call, x: Tensor) -> Tensor | None:
@@ -684,13 +677,14 @@ class _Calibration(_Watch):
         try: layer, = {self.owner(step, tensor) for tensor in tensors}
         except ValueError: return dict(note='not scaled: its input is not made by a layer that only it uses')
         if not std or isinstance(call.module, ZeroMean) or not all(each.requires_grad for each in tensors):
-            return dict(note=f'not scaled: {self.names[layer]} is frozen, or no scale helps')
+            reasons = f'{self.names[layer]} is frozen, the unit is no ReLU, or its output is constant'
+            return dict(note=f'not scaled: {reasons}')
         scale = 1.0 if abs(1 / std - 1) < 1e-4 else 1 / std  # as good as rounding allows
         self.kept += [(tensor, tensor.clone()) for tensor in tensors if scale != 1]
         for tensor in tensors: tensor.mul_(scale)
         return dict(layer=self.names[layer], scale=scale)
 
-    def sweep(self, batch: Any) -> None:
+    def run_batches(self, batch: Any) -> None:
         "One pass for each batch."
         self.pooled = {}
         for each in _batches(batch):
@@ -698,13 +692,13 @@ class _Calibration(_Watch):
             self.passes += 1
         if not self.pooled: raise ValueError('model: none of its units was called')
 
-    def settle(self, batch: Any) -> None:
-        """More sweeps where one is not enough: with several calls of a unit, several batches, or a scaled
+    def repeat_until_centred(self, batch: Any) -> None:
+        """More passes where one is not enough: with several calls of a unit, several batches, or a scaled
         layer."""
         self.first, left = False, dict[Any, float]()
         once = self.passes == 1 and not self.kept and all(len(self.calls[unit]) == 1 for unit in self.pooled)
         for _ in range(0 if once or isinstance(batch, Iterator) else 10):
-            self.sweep(batch)
+            self.run_batches(batch)
             for unit, (_, mean) in self.pooled.items():
                 left[unit] = (mean - unit.shift).abs().max().item()
                 _set_shift(unit, mean)
@@ -766,15 +760,14 @@ def calibrate(model: nn.Module, batch: Any, per_channel: bool = False, gain: boo
     if not units: raise ValueError('model: has no WIBReLU or ZeroMean; swap_activations puts them in')
     with torch.inference_mode(False), torch.no_grad():
         try:
-            with _undisturbed(model):
-                work.sweep(batch)
-                work.settle(batch)
+            with _restore_afterwards(model):
+                work.run_batches(batch)
+                work.repeat_until_centred(batch)
                 shifts = {unit: unit.shift.clone() for unit in work.pooled}
         except BaseException:
             for tensor, value in work.kept: tensor.copy_(value)
             raise
         for unit, shift in shifts.items(): _set_shift(unit, shift)
-        torch.clear_autocast_cache()
     return work.report(units)
 
 # %% ../nbs/lib/surgery.ipynb #e3004fac
@@ -783,17 +776,17 @@ class _Diagnosis(_Watch):
     def run(self, batch: Any) -> list[Tensor]:
         self.rows: _Rows = []
         output = super().run(batch)
-        whole = dict(layer='(output)', type=type(self.model).__name__, source='', note='', inactive=math.nan)
-        for tensor in output:
-            if not tensor.is_floating_point(): continue
-            self.rows.append({**whole})
+        for tensor in filter(Tensor.is_floating_point, output):
+            self.rows.append(dict(layer='(output)', type=type(self.model).__name__, source='', note='',
+                                  inactive=math.nan))
             self.after(_Call('', ''), tensor)
         return output
 
     def before(self, call: _Call, x: Tensor) -> None:
-        off = call.module(x) > x if isinstance(call.module, FoldedWIBReLU) else x <= 0
-        row = dict(layer=call.name, type=call.kind, source=call.source, note=call.note)
-        self.rows.append({**row, 'inactive': off.sum().item()})
+        off = call.module.inactive(x) if isinstance(call.module, FoldedWIBReLU) else x <= 0
+        seen = not call.kind.startswith('rnn_')  # whose pre-activations are inside of the kernel
+        self.rows.append(dict(layer=call.name, type=call.kind, source=call.source, note=call.note,
+                              inactive=off.sum().item() if seen else math.nan))
 
     def after(self, call: _Call, output: Tensor) -> None:
         a = output.to(torch.float32 if output.device.type == 'mps' else torch.float64)
@@ -829,8 +822,8 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
     -------
     DataFrame
         layer, type, calls, mean, std (population), second_moment, near_zero (share with |a| < 0.5), inactive
-        (share of pre-activations <= 0, where a ReLU has no gradient), advice, source (the line where a
-        function is called). The last row is what the model puts out.
+        (share of pre-activations <= 0, where a ReLU has no gradient; NaN where a fused kernel hides them),
+        advice, source (the line where a function is called). The last row is what the model puts out.
 
     Examples
     --------
@@ -839,7 +832,7 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
     """
     _check_model(model)
     watch = _Diagnosis(model)
-    with _undisturbed(model): watch.run(next(iter(_batches(batch))))
+    with _restore_afterwards(model): watch.run(next(_batches(batch)))
     groups = pd.DataFrame(watch.rows).groupby(['layer', 'type', 'source', 'note'], sort=False, as_index=False)
     frame = groups.sum(min_count=1)
     for column in ('mean', 'second_moment', 'near_zero', 'inactive'): frame[column] /= frame['n']
@@ -850,16 +843,16 @@ def diagnose(model: nn.Module, batch: Any) -> pd.DataFrame:
                   'source']]
 
 # %% ../nbs/lib/surgery.ipynb #591e01a6
-def _same(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
+def _outputs_agree(before: list[Tensor], after: list[Tensor], eps: float) -> bool:
     "Whether outputs agree to half the digits of `eps`: the folded sums are rounded differently."
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]: return False
     for b, a in zip(before, after, strict=True):
-        finite = b[b.isfinite()].abs() if b.is_floating_point() else b[:0]
+        finite = b[b.isfinite()].abs() if b.is_floating_point() else b.new_empty(0)
         atol = math.sqrt(eps) * finite.max().item() if len(finite) else 0.0
         if not torch.allclose(a, b, rtol=0, atol=atol, equal_nan=True): return False
     return True
 
-def _layer_before(value: _Value, reader: _Step) -> _Step:
+def _find_layer(value: _Value, reader: _Step) -> _Step:
     "The layer whose output goes to a reader alone, as it is or with something added; else `ValueError`."
     others = sorted({each.name for each in value.readers if each is not reader})
     if len(value.readers) > 1:
@@ -869,38 +862,38 @@ def _layer_before(value: _Value, reader: _Step) -> _Step:
     if step.weight is not None or step.bias is not None: return step
     reasons = [f'its input comes from {step.name}, which has no bias']
     for term in step.given if step.name.strip('_') in ('add', 'radd', 'iadd') else ():
-        try: return _layer_before(term, step)
+        try: return _find_layer(term, step)
         except ValueError as error: reasons.append(str(error).replace('its input', 'a term of its input'))
     raise ValueError('; '.join(reasons[1:] or reasons))
 
-def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[], Callable[[], None]]]:
+def _plan_fold(watch: _Watch, unit: WIBReLU) -> tuple[str, Callable[[ExitStack], None]]:
     """The name of the layer whose bias takes the shift, and the function that moves it. A `ValueError` says
     why there is none."""
     steps = watch.calls[unit]
     if isinstance(unit, FoldedWIBReLU): raise ValueError('is folded already')
     if len(steps) != 1: raise ValueError(f'is called {len(steps)} times')
-    if _has_hooks(unit): raise ValueError('carries hooks')
-    step = _layer_before(steps[0].given[0], steps[0])
+    step = _find_layer(steps[0].given[0], steps[0])
     bias: Any = step.bias
     layer: Any = watch.owner(step, step.weight if bias is None else bias)
     name = watch.names[layer]
     width = bias.numel() if bias is not None else getattr(layer, 'out_channels', layer.weight.shape[0])
-    if bias is None and 'bias' not in layer._parameters: raise ValueError(f'{name} has no place for a bias')
+    if bias is None and layer._parameters.get('bias', 0) is not None:
+        raise ValueError(f'{name} has no free place for a bias')
     if unit.shift.dim() and len(unit.shift) != width:
         raise ValueError(f'the shift has {len(unit.shift)} channels, {name} {width}')
     folded = FoldedWIBReLU(unit.shift.clone()).train(unit.training)
     places = [(part, key) for part in watch.names for key, child in part._modules.items() if child is unit]
     shift = unit.shift.to(layer.weight if bias is None else bias)
-    kept = None if bias is None else bias.clone()
-    def fold() -> Callable[[], None]:
-        if bias is None: layer.bias = nn.Parameter(-shift.expand(width).clone())
-        else: bias.sub_(shift)
-        for part, key in places: part._modules[key] = folded
-        return put_back
-    def put_back() -> None:
-        if bias is None: layer.bias = None
-        else: bias.copy_(kept)
-        for part, key in places: part._modules[key] = unit
+    def fold(undo: ExitStack) -> None:
+        if bias is None:
+            undo.callback(setattr, layer, 'bias', None)
+            layer.bias = nn.Parameter(-shift.expand(width).clone())
+        else:
+            undo.callback(bias.copy_, bias.clone())
+            bias.sub_(shift)
+        for part, key in places:
+            undo.callback(part._modules.update, {key: unit})
+            part._modules[key] = folded
     return name, fold
 
 def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
@@ -934,28 +927,26 @@ def fold_shift(model: nn.Module, batch: Any) -> pd.DataFrame:
     0    1     0    True
     """
     _check_model(model)
-    batch, watch, rows, folds = next(iter(_batches(batch))), _Watch(model), _Rows(), dict[int, Any]()
+    batch, watch, rows, folds = next(_batches(batch)), _Watch(model), _Rows(), dict[int, Any]()
     units = [module for module in watch.names if isinstance(module, WIBReLU)]
     if not units: raise ValueError('model: has no WIBReLU to fold')
-    def look(watch: _Watch) -> list[Tensor]:
-        with _undisturbed(model, training=False): return watch.run(batch) + watch.marks
+    def measure(watch: _Watch) -> list[Tensor]:
+        with _restore_afterwards(model, training=False): return watch.run(batch) + watch.marks
     def attempt(keys: list[int]) -> bool:
-        undo, same = [], False
-        try:
-            for key in keys: undo.append(folds[key]())
-            same = _same(before, look(_Watch(model)), watch.eps)
-        finally:
-            for put_back in reversed([] if same else undo): put_back()
+        with ExitStack() as undo:
+            for key in keys: folds[key](undo)
+            same = _outputs_agree(before, measure(_Watch(model)), watch.eps)
+            if same: undo.pop_all()
         return same
     with torch.inference_mode(False), torch.no_grad():
-        before = look(watch)
+        before = measure(watch)
         for i, unit in enumerate(units):
             rows.append(dict(name=watch.names[unit], layer='', folded=False, note=''))
             try: rows[i]['layer'], folds[i] = _plan_fold(watch, unit)
             except ValueError as error: rows[i]['note'] = str(error)
-        done = list(folds) if not folds or attempt(list(folds)) else [key for key in folds if attempt([key])]
-        torch.clear_autocast_cache()
+        at_once = not folds or attempt(list(folds))
+        folded_keys = list(folds) if at_once else [key for key in folds if attempt([key])]
     for key in folds:
-        rows[key]['folded'] = key in done
-        if key not in done: rows[key]['note'] = 'was undone: it changes the output on the batch'
+        rows[key]['folded'] = key in folded_keys
+        if key not in folded_keys: rows[key]['note'] = 'was undone: it changes the output on the batch'
     return pd.DataFrame(rows)

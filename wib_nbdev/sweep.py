@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MADE_WITH', 'SETTINGS', 'Record', 'grid', 'SweepError', 'DamagedRun', 'Results', 'configs_of', 'atomic_write',
-           'library_commit', 'load_results', 'committed_results', 'run_sweep', 'write_results', 'restore_runs',
-           'verify']
+           'library_commit', 'results_folder', 'load_results', 'committed_results', 'run_sweep', 'write_results',
+           'restore_runs', 'verify']
 
 # %% ../nbs/lib/sweep.ipynb #73f430f1
 import errno
@@ -293,6 +293,10 @@ def _join(found: Sequence[Results]) -> Results:
     missing = {name: value for name, value in columns.items() if name not in results.runs}
     return results._replace(runs=results.runs.assign(**missing).astype(_OPTIONAL))
 
+def results_folder(path:str | Path | None=None) -> Path:
+    "The path, else what WIB_RESULTS names, else the results inside the package."
+    return Path(path or os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results'))
+
 def load_results(
     path:str | Path | None=None,
 ) -> Results:
@@ -322,7 +326,7 @@ def load_results(
     >>> set(load_results().runs['dataset']) == {'fashion_mnist', 'cifar10'}
     True
     """
-    folder = Path(path or os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results'))
+    folder = results_folder(path)
     if (folder / 'runs.csv').exists(): results = _read_merged(folder)
     else:
         files = [file for file in sorted(folder.glob('*.parquet')) if _RUN_NAME.search(file.name)]

@@ -78,16 +78,12 @@ def plot_trials(
     return ax
 
 # %% ../nbs/01_variance.ipynb #fbfb14c0
-def figure_3a(
-    fan_in:int=784, # inputs and outputs of the layer: the pixels of a Fashion-MNIST image
-    n_trials:int=50, # random layers
-    seed:int=0, # of weights and inputs
-) -> Figure:
+def figure_3a() -> Figure:
     "Fig. 3(a): standard normal weights, with the standard deviation that Eq. 3 predicts."
     figure, axes = panels(panel_size=(5.2, 3))
-    frame = simulate_layer(fan_in, fan_in, 1.0, n_trials, generator=torch.Generator().manual_seed(seed))
+    frame = simulate_layer(784, 784, 1.0, 50, generator=torch.Generator().manual_seed(0))
     ax = plot_trials(frame, ax=axes[0, 0])
-    ax.axhline(math.sqrt(linear_output_variance(fan_in, 1.0)), label=f'Eq. 3: $\\sqrt{{{fan_in}}}$', **THEORY)
+    ax.axhline(math.sqrt(linear_output_variance(784, 1.0)), label=r'Eq. 3: $\sqrt{784}$', **THEORY)
     ax.set_title('Fig. 3(a): standard normal weights')
     ax.legend(frameon=False, ncols=3, loc='center right')
     return figure
