@@ -17,6 +17,7 @@ from wib_nbdev.depth import CELLS, DEPTH_ARMS, FACTORIALS, RATES, SEEDS
 from wib_nbdev.style import ARM_STYLE
 from wib_nbdev.sweep import Results
 
+SPLITS = ('test', 'train', 'holdout')
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 N_ARMS = {'mlp': 10, 'deep_cnn': 10, 'rnn': 9}  # one batch norm cannot serve all steps of a recurrent network
@@ -37,8 +38,8 @@ def synthetic(accuracy, loss=lambda family, n, arm: 1.0, noise=0.002):
     rows = [dict(family=family, depth=n, arm=arm, seed=seed, lr=RATES[0], chosen=True, split=split,
                  accuracy=accuracy(family, n, arm) + noise * generator.standard_normal(),
                  loss=loss(family, n, arm) * math.exp(noise * generator.standard_normal()))
-            for (family, n), arm, seed, split in product(CELLS, DEPTH_ARMS, SEEDS, ('test', 'train'))
-            if (family, arm) != ('rnn', 'relu_batch_norm')]
+            for (family, n), arm, seed, split in product(CELLS, DEPTH_ARMS, SEEDS, SPLITS)
+            if depth.is_planned(family, n, arm)]
     return pd.DataFrame(rows)
 
 
@@ -48,7 +49,7 @@ def verdicts(*arguments, **options):
 
 def test_the_plan_counts_and_its_arms_are_styled():
     plan = depth.depth_plan()
-    cells = sum(N_ARMS[family] for family, _ in CELLS)
+    cells = sum(N_ARMS[family] for family, _ in CELLS) + 2 * 2 * 2  # unit moments at 16 and 32 layers
     assert len(set(plan)) == len({config.key for config in plan}) == cells * len(RATES) * 3
     assert {config.valid for config in plan} == {'holdout'} and not set(DEPTH_ARMS) - set(ARM_STYLE)
     updates = {config.epochs * -(-config.n_train // config.batch_size) for config in plan}
@@ -102,12 +103,66 @@ def test_effects_are_separated():
 
 
 def test_every_verdict_of_the_question_can_come():
-    zero = FACTORIALS['calibrated'][2:]
+    zero = (*FACTORIALS['calibrated'][2:], 'wib_relu_unit')
     effect = {'mlp': 0.02, 'deep_cnn': -0.02, 'rnn': 0.0}
     found = verdicts(lambda family, n, arm: 0.5 + effect[family] * math.log2(n) * (arm in zero))
-    assert found[['mean_mlp', 'depth_mlp']].eq('holds').all()
-    assert found[['mean_deep_cnn', 'depth_deep_cnn', 'mean_rnn']].eq('does not hold').all()
-    assert verdicts(lambda family, n, arm: 0.5 + 0.005 * (arm in zero), noise=0.03)['mean_rnn'] == 'undecided'
+    assert found[['mean_mlp', 'depth_mlp', 'equal_moments_mlp']].eq('holds').all()
+    assert found[['mean_deep_cnn', 'depth_deep_cnn', 'equal_moments_deep_cnn', 'mean_rnn']].eq(
+        'does not hold').all()
+    noisy = verdicts(lambda family, n, arm: 0.5 + 0.005 * (arm in zero), noise=0.03)
+    assert noisy[['mean_rnn', 'equal_moments_mlp']].eq('undecided').all()
+
+
+def test_unit_moments_are_judged_apart_from_the_factorial():
+    runs = synthetic(lambda family, n, arm: 0.5 + 0.1 * (arm == 'wib_relu_unit'), noise=0)
+    table = depth.compare_means(runs).set_index(['family', 'depths', 'comparison'])['mean']
+    assert table['mlp', '16', 'same second moment'] == pytest.approx(0.1)
+    assert table.drop(index='same second moment', level='comparison').abs().max() < 1e-12
+    assert ('mlp', '8', 'same second moment') not in table and ('deep_cnn', '4, 8', 'same weights') in table
+    named = depth.decision_chart(runs)[['best', 'as_good']].sum().sum()
+    assert 'unit' not in named, 'advice is on what is run at all depths'
+
+
+def test_the_effect_of_the_mean_by_depth_is_that_of_the_factorial():
+    runs = synthetic(lambda family, n, arm: 0.5 + 0.01 * n * ('wib' in arm))
+    ours = depth.compare_means(runs).query("comparison == 'effect of the mean' and family == 'rnn'")
+    theirs = depth.effects(runs, 'rnn').query("effect == 'mean'")
+    columns = ['mean', 'low', 'high']
+    assert ours[columns].to_numpy() == pytest.approx(theirs[columns].to_numpy()[:3])
+
+
+def test_runs_at_chance_are_counted():
+    runs = synthetic(lambda family, n, arm: 0.1 if (arm, n) == ('relu', 32) else 0.5, noise=0)
+    diverged = runs.query("family == 'mlp' and arm == 'elu' and depth == 2 and seed == 10")
+    runs.loc[diverged.index, 'accuracy'] = math.nan
+    counts = depth.count_at_chance(runs)
+    assert counts.loc[('mlp', 'relu'), 32] == 10 and counts.loc[('mlp', 'elu'), 2] == 1
+    assert counts.sum().sum() == 21
+
+
+def test_moments_match_where_the_library_says_so():
+    "The ends: two layers match, thirty-two do not; rescaled layers have exactly one."
+    arms = (*FACTORIALS['calibrated'], 'relu_unit', 'wib_relu_unit')
+    moments = depth.initial_moments([('mlp', 2), ('mlp', 32)], arms, [10, 11])
+    mean = moments.groupby(['depth', 'arm'])['moment'].mean().unstack('arm')
+    for kept, zero in zip(FACTORIALS['calibrated'][:2], FACTORIALS['calibrated'][2:], strict=True):
+        far = (mean[zero] - mean[kept]).abs() > math.log10(2)
+        assert far.to_dict() == {2: False, 32: True}
+    assert mean.loc[32, ['relu_unit', 'wib_relu_unit']].abs().max() < 1e-3
+
+
+def test_a_gain_within_half_a_point_refutes_however_sure_it_is():
+    good = ('elu', 'wib_relu', 'wib_relu_centred_calibrated')
+    found = verdicts(lambda family, n, arm: 0.5 + 0.003 * (arm in good),
+                     lambda family, n, arm: 0.99 if arm in good else 1.0, noise=0.0002)
+    assert found[['elu', 'bipolar_rnn', 'bipolar_cnn', 'future_rnn']].eq('does not hold').all()
+
+
+def test_a_seed_that_one_family_lacks_is_left_out_of_a_verdict_on_two():
+    good = lambda family, n, arm: 0.5 + 0.05 * (arm == 'elu') * (n > 5)
+    runs = synthetic(good).query("family != 'deep_cnn' or seed != 12")
+    row = depth.judge_depth(runs).set_index('id').loc['elu']
+    assert row['verdict'] == 'holds' and 'nan' not in row['why']
 
 
 def test_every_verdict_of_the_others_can_come():
@@ -150,13 +205,14 @@ def test_the_predictor_travels_or_not(quick_signals):
     sign = lambda family, n: 1 if family == 'mlp' or n % 16 else -1
     half = lambda family, n, arm: 0.5 + 0.02 * quick_signals.get(arm, 0) * sign(family, n)
     assert verdicts(half)['predictor'] == 'undecided'
+    why = depth.judge_depth(synthetic(turned)).set_index('id')['why']['predictor']
+    assert why.endswith('Without theory, by mean ranks in fully connected networks: 0%.')
 
 
 def test_a_tie_is_half_a_hit():
     pairs = pd.DataFrame([('rnn', 7, 'a', 'b', 0.0, 0.0, 0.0), ('rnn', 7, 'a', 'c', 1.0, 0.0, 0.0)],
                          columns=['family', 'depth', 'better', 'worse', 'contrast', 'gradient', 'scale'])
-    weights = pd.Series({'contrast': 1.0, 'gradient': 1.0, 'scale': 1.0})
-    assert depth.hit_rates(pairs, weights)['hits'].tolist() == [0.75]
+    assert depth.hit_rates(pairs, pairs['contrast'])['hits'].tolist() == [0.75]
 
 
 def test_theory_of_another_gain_follows_from_homogeneity():
@@ -183,3 +239,12 @@ def test_the_chart_advises_another_arm_only_beyond_half_a_point():
     assert chart['use'].tolist() == ['ReLU', 'ELU', 'ELU', 'ELU', 'ReLU']
     assert chart['gain'].iloc[1] == pytest.approx(5, abs=0.3) and chart['as_good'].iloc[1] == ''
     assert math.isnan(chart['batch_norm'].iloc[-1]) and chart['as_good'].iloc[0].count(';') == 7
+
+
+def test_the_chart_chooses_on_held_out_images_and_measures_on_the_test_images():
+    runs = synthetic(lambda family, n, arm: 0.5 + 0.05 * (arm == 'elu'))
+    runs['accuracy'] += 0.2 * ((runs['split'] == 'holdout') & (runs['arm'] == 'selu'))
+    runs['accuracy'] += 0.01 * ((runs['split'] == 'test') & (runs['arm'] == 'selu'))
+    chart = depth.decision_chart(runs)
+    assert set(chart['best']) == set(chart['use']) == {'SELU'}
+    assert chart['gain'].to_numpy() == pytest.approx(1, abs=0.3)

@@ -268,6 +268,15 @@ def test_file_under_another_name_is_refused(one_run, tmp_path):
     with pytest.raises(sweep.DamagedRun, match='it holds the run'): sweep.load_results(tmp_path)
 
 
+def test_runs_from_before_a_field_was_added_have_its_default(tmp_path):
+    run(CONFIGS[:2], tmp_path)
+    path = runs_in(tmp_path)[0]
+    older = sweep._read_run(path)
+    sweep._write_run(older._replace(runs=older.runs.drop(columns='unit_moment')), path)
+    results = sweep.load_results(tmp_path)
+    assert results.runs['unit_moment'].eq(False).all() and len(sweep.configs_of(results.runs)) == 2
+
+
 def test_a_folder_is_what_its_name_says(tmp_path, monkeypatch):
     "The user's own folder, with files of the user's; a name that looks like an address; no name at all."
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,17 @@ from wib_nbdev.activations import ACTIVATIONS
 from wib_nbdev.config import Activation, Dataset, Scheme, TrainConfig
 from wib_nbdev.data import DATASETS, channel_stats, holdout, load, standardise
 from wib_nbdev.initializers import SCHEMES
-from wib_nbdev.training import Batches, build_model, digest, evaluate, load_images, resolve_device, train
+from wib_nbdev.training import (
+    Batches,
+    build_model,
+    calibration_batch,
+    digest,
+    evaluate,
+    initial_network,
+    load_images,
+    resolve_device,
+    train,
+)
 
 QUICK = TrainConfig(sample=True, epochs=2, device='cpu')
 
@@ -45,6 +55,7 @@ def test_every_activation_trains(activation):
     dict(batch_size=300), dict(n_train=300), dict(network='mlp', depth=2),
     dict(network='deep_cnn', depth=2, width=8, batch_norm=True), dict(network='rnn', depth=28),
     dict(network='mlp', depth=2, activation='wib_relu', calibrate=True),
+    dict(network='mlp', depth=2, unit_moment=True),
 ], ids=str)
 def test_every_option_runs_and_matters(change):
     result, plain = (train(replace(QUICK, **each), progress=False) for each in (change, {}))
@@ -59,6 +70,25 @@ def test_calibration_matters_and_leaves_the_weights_of_a_seed():
               for result in (plain, calibrated)]
     assert len(set(shifts[0])) == 1 and len(set(shifts[1])) == 6
     assert not numbers(plain).equals(numbers(calibrated))
+
+
+@pytest.mark.parametrize('network', ['mlp', 'deep_cnn'])
+@pytest.mark.parametrize('arm', [{}, dict(activation='wib_relu', calibrate=True)], ids=str)
+def test_unit_moments_are_one_after_each_activation_and_scale_a_seed_s_weights(network, arm):
+    config = replace(QUICK, network=network, depth=6, width=16, **arm)
+    images = load_images(config)
+    plain, scaled = (initial_network(replace(config, unit_moment=each), images) for each in (False, True))
+    seen = []
+    for name, part in scaled.named_modules():
+        if name.endswith('.act'): part.register_forward_hook(lambda *call: seen.append(call[-1]))
+    scaled(calibration_batch(images))
+    assert [a.square().mean().item() for a in seen] == pytest.approx([1] * 6, abs=1e-3)
+    means = [a.mean().item() for a in seen]
+    assert means == pytest.approx([0] * 6, abs=1e-3) if arm else min(means) > 0.2
+    pairs = zip(plain.named_parameters(), scaled.parameters(), strict=True)
+    factors = [(b / a).flatten() for (name, a), b in pairs if name.endswith('layer.weight')]
+    assert len(factors) == 6
+    for each in factors: torch.testing.assert_close(each, each[:1].expand_as(each))
 
 
 def test_same_numbers_in_another_process_after_other_work():
@@ -204,10 +234,11 @@ def test_every_field_is_in_the_key_and_survives_a_round_trip():
     other = dict(dataset='cifar10', activation='elu', init='orthogonal', gain=1.5, shift=0.2,
                  compensate_bias=True, epochs=3, batch_size=7, lr=0.1, optimizer='sgd', momentum=0.1,
                  weight_decay=0.1, seed=1, valid='holdout', sample=True, device='cpu', amp=True, compile=True,
-                 network='mlp', depth=3, width=5, n_train=10, calibrate=True, batch_norm=True)
+                 network='mlp', depth=3, width=5, n_train=10, calibrate=True, batch_norm=True,
+                 unit_moment=True)
     needs = dict(shift=dict(activation='wib_relu'), calibrate=dict(activation='wib_relu'),
                  depth=dict(network='mlp'), network=dict(depth=2), width=dict(network='mlp', depth=2),
-                 batch_norm=dict(network='mlp', depth=2))
+                 batch_norm=dict(network='mlp', depth=2), unit_moment=dict(network='mlp', depth=2))
     assert set(other) == {each.name for each in fields(TrainConfig)}
     for name, value in other.items():
         without = needs.get(name, {}) if name != 'network' else {}

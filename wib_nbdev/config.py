@@ -127,6 +127,7 @@ class TrainConfig:
     n_train: int | None = None # train on this many images only; all if None
     calibrate: bool = False # before training, set each shift to the mean measured on a batch
     batch_norm: bool = False # batch norm before each activation
+    unit_moment: bool = False # before training, scale each layer so that E[a²] = 1 after it, on a batch
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -145,6 +146,11 @@ class TrainConfig:
         if self.calibrate and self.activation not in SHIFTED:
             raise ValueError(f'calibrate=True with activation={self.activation!r}: must come with '
                              f"{', '.join(SHIFTED)}")
+        can_scale = (self.network in ('mlp', 'deep_cnn') and (self.activation == 'relu' or self.calibrate)
+                     and not (self.batch_norm or self.compensate_bias))
+        if self.unit_moment and not can_scale:
+            raise ValueError("unit_moment=True: must come with network='mlp' or 'deep_cnn', with activation="
+                             "'relu' or calibrate=True, and without batch_norm or compensate_bias")
         if self.network != 'plain_cnn' and self.depth is None:
             raise ValueError(f'network={self.network!r}: needs a depth, the number of hidden layers or steps')
         if self.network == 'plain_cnn' and (self.depth or self.width or self.batch_norm):

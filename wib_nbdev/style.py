@@ -47,6 +47,8 @@ ARM_STYLE = {
     'wib_relu_centred_calibrated': ArmStyle('WIB-ReLU, centred gain, calibrated', '#8C1C4B', '+'),
     'relu_shrunk': ArmStyle('ReLU, shrunk gain', '#7B52AB', 'x'),
     'relu_batch_norm': ArmStyle('ReLU, batch norm', '#44AF69', '|'),
+    'relu_unit': ArmStyle('ReLU, unit second moment', '#3A86C8', '_'),
+    'wib_relu_unit': ArmStyle('WIB-ReLU, unit second moment', '#E4572E', 'H'),
 }
 DATASET_LABELS = {'fashion_mnist': 'Fashion-MNIST', 'cifar10': 'CIFAR-10'}
 PAPER_LABELS = {name: DATASET_LABELS[name] for name in ('fashion_mnist', 'cifar10')}  # those of the paper

@@ -81,6 +81,7 @@ _COLUMNS = Results(  # what each frame has at least
     correct=['key', 'bits'],
     steps=['key', 'iteration', 'loss'])
 _OPTIONAL = dict(gain='float64', shift='float64', depth='Int64', width='Int64', n_train='Int64')  # or None
+_ADDED = {'unit_moment': False}  # fields that the first runs of this version lack
 
 def configs_of(
     runs:pd.DataFrame, # from `Results`
@@ -170,6 +171,8 @@ def _read_run(path: Path) -> Results:
         records = [row[name].combine_chunks().flatten() for name in Results._fields]
         results = Results(*(pa.Table.from_struct_array(each).to_pandas() for each in records))
         for frame, columns in zip(results, _COLUMNS, strict=True): frame[columns]  # KeyError if one is absent
+        added = {name: value for name, value in _ADDED.items() if name not in results.runs}
+        results = results._replace(runs=results.runs.assign(**added))
         current = results.runs['results_version'].item() == RESULTS_VERSION  # another version has other keys
         key = configs_of(results.runs)[0].key if current else results.runs['key'].item()
         if key != path.stem: raise ValueError(f'it holds the run {key}')

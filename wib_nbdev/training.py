@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALIBRATED_ON', 'train_epoch', 'RunResult', 'resolve_device', 'describe_environment', 'load_images', 'build_model',
-           'build_optimizer', 'Batches', 'Evaluation', 'evaluate', 'digest', 'train', 'figure_layers',
-           'figure_near_zero', 'TrainConfig', 'LAYERS']
+           'build_optimizer', 'Batches', 'Evaluation', 'evaluate', 'digest', 'calibration_batch', 'scale_layers',
+           'initial_network', 'train', 'figure_layers', 'figure_near_zero', 'TrainConfig', 'LAYERS']
 
 # %% ../nbs/06_training.ipynb #2cfe98f6
 import hashlib
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .activations import WIBReLU
 from .config import Device, Status, TrainConfig, one_of
 from .data import ImageDataset, channel_stats, holdout, load, subset
 from .models import LAYERS, deep_cnn, mlp, plain_cnn, rnn
@@ -228,6 +229,40 @@ def _deterministic(device:torch.device) -> Iterator[None]:
 
 CALIBRATED_ON = 1000  # training images, where a configuration asks for calibrated shifts
 
+def calibration_batch(
+    images:ImageDataset, # from `load_images`
+) -> Tensor:
+    "The first training images, standardised: float32 (batch, channels, height, width)."
+    stats = channel_stats(images.x_train)
+    return next(Batches(images.x_train, images.y_train, *stats, CALIBRATED_ON)())[0]
+
+@torch.no_grad()
+def scale_layers(
+    model:Any, # from `mlp` or `deep_cnn`, with ReLU or WIB-ReLU; changed in place
+    x:Tensor, # images
+) -> None:
+    """Scale each layer so that E[a²] = 1 after its activation on these images. ReLU keeps its mean;
+    WIB-ReLU's shift becomes the mean."""
+    for part in model:
+        if hasattr(part, 'act'):
+            a = F.relu(part.layer(x))
+            mean = a.mean() if isinstance(part.act, WIBReLU) else 0.0
+            scale = (a - mean).square().mean().rsqrt()
+            for parameter in part.layer.parameters(): parameter *= scale  # ReLU is homogeneous
+            if isinstance(part.act, WIBReLU): part.act.shift.fill_(mean * scale)
+        x = part(x)
+
+def initial_network(
+    config:TrainConfig, # what decides the network, its first weights and what is set from images
+    images:ImageDataset, # from `load_images`, on the device
+) -> nn.Module:
+    "The network before its first step."
+    model = build_model(config, images.image_shape, images.n_classes)
+    model = model.to(images.x_train.device).to(memory_format=torch.channels_last)
+    if config.unit_moment: scale_layers(model, calibration_batch(images))
+    elif config.calibrate: calibrate(model, calibration_batch(images))
+    return model
+
 class _Run:
     "A run in progress: what it needs, and what it has measured so far."
     def __init__(self, config:TrainConfig, images:ImageDataset, record:bool | dict[str, Any]):
@@ -239,11 +274,7 @@ class _Run:
         stats = channel_stats(images.x_train)
         self.batches = Batches(images.x_train, images.y_train, *stats, config.batch_size)
         self.valid = Batches(images.x_test, images.y_test, *stats, config.batch_size)
-        model = build_model(config, images.image_shape, images.n_classes)
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
-        if config.calibrate:
-            first = Batches(images.x_train, images.y_train, *stats, CALIBRATED_ON)
-            calibrate(self.model, next(first())[0])
+        self.model = initial_network(config, images)
         self.optimizer = build_optimizer(config, self.model)
         options: dict[str, Any] = {'layers': LAYERS if config.network == 'plain_cnn' else None}
         if isinstance(record, dict): options |= record
