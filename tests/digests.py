@@ -11,7 +11,8 @@ from dataclasses import replace
 from importlib import metadata
 from typing import get_args
 
-os.environ |= {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
+if __name__ == '__main__':  # not for what imports it
+    os.environ |= {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_CBWR': 'COMPATIBLE'}
 
 import torch
 

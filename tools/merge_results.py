@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, wri
 ROOT = Path(__file__).parents[1]
 NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
 CRITERIA = '507e505'  # the commit of the claims and their criteria, before the first run
-DEPTH_CRITERIA = '772f07b'  # and that of the statements about depth
+DEPTH_CRITERIA = 'f0355bd'  # and that of the statements about depth, also before any of their runs
 FIELDS = ('place', 'theme', 'needs', 'quantity', 'quote', 'reading', 'criterion', 'threshold_from', 'varies')
 MENDED = {  # judges whose code has changed in meaning since that commit; the last alone can decide more
     ('smooth', 'unit_smooth', 'default_unsmooth'):
@@ -60,13 +61,13 @@ def check_provenance(commits: set[str]) -> None:
 
 
 @cache
-def texts_then(commit: str, module: str, claims: str) -> dict[str, dict[str, Any]]:
-    "The texts of the claims at a commit, by id, as the code of that commit reads them."
-    code = (f'import json; from wib_nbdev.{module} import {claims} as claims\n'
-            f'print(json.dumps({{each.id: {{name: getattr(each, name) for name in {FIELDS} '
-            'if hasattr(each, name)} for each in claims}))')
+def texts_then() -> dict[str, dict[str, Any]]:
+    "The texts of the claims at the criteria's commit, by id, as the code of that commit reads them."
+    code = ('import json; from wib_nbdev.claims import CLAIMS\n'
+            f'texts = {{each.id: {{name: getattr(each, name) for name in {FIELDS}}} for each in CLAIMS}}\n'
+            'print(json.dumps(texts))')
     with tempfile.TemporaryDirectory() as folder:
-        archive = ['git', '-C', str(ROOT), 'archive', commit, 'wib_nbdev']
+        archive = ['git', '-C', str(ROOT), 'archive', CRITERIA, 'wib_nbdev']
         files = subprocess.run(archive, capture_output=True, check=True).stdout
         subprocess.run(['tar', '-x', '-C', folder], input=files, check=True)
         ask = [sys.executable, '-c', code]
@@ -81,21 +82,22 @@ def texts_now() -> dict[str, dict[str, Any]]:
 
 def changed_claims() -> list[str]:
     "The claims whose text, in any field, is not that of the criteria's commit."
-    then, now = texts_then(CRITERIA, 'claims', 'CLAIMS'), texts_now()
+    then, now = texts_then(), texts_now()
     return sorted(name for name in then if then[name] != now.get(name))
 
 
 def added_claims() -> list[str]:
     "The claims that were added after the criteria's commit: runs that existed then could be known."
-    return sorted(set(texts_now()) - set(texts_then(CRITERIA, 'claims', 'CLAIMS')))
+    return sorted(set(texts_now()) - set(texts_then()))
 
 
 def changed_depth_claims() -> list[str]:
-    "The statements about depth whose text, in a field of their criteria's commit, is not that of then."
-    then = texts_then(DEPTH_CRITERIA, 'depth', 'DEPTH_CLAIMS')
-    now = {name: dict(DEPTH_TEXTS[name]) for name in DEPTH_TEXTS.sections()}
-    return sorted(name for name in then | now
-                  if not (name in then and name in now and then[name].items() <= now[name].items()))
+    "The statements about depth whose text is not that of their criteria's commit."
+    then = ConfigParser(delimiters=('=',), interpolation=None)
+    then.read_string(git('show', f'{DEPTH_CRITERIA}:wib_nbdev/depth.ini'))
+    sections = [{name: dict(texts[name]) for name in texts.sections()} for texts in (then, DEPTH_TEXTS)]
+    return sorted(name for name in {*sections[0], *sections[1]}
+                  if sections[0].get(name) != sections[1].get(name))
 
 
 def markdown(frame: pd.DataFrame) -> str:
