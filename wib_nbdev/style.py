@@ -48,7 +48,7 @@ ARM_STYLE = {
     'relu_shrunk': ArmStyle('ReLU, shrunk gain', '#7B52AB', 'x'),
     'relu_batch_norm': ArmStyle('ReLU, batch norm', '#44AF69', '|'),
     'relu_unit': ArmStyle('ReLU, unit second moment', '#3A86C8', '_'),
-    'wib_relu_unit': ArmStyle('WIB-ReLU, unit second moment', '#E4572E', 'H'),
+    'wib_relu_unit': ArmStyle('WIB-ReLU, unit second moment', '#E4572E', '.'),
 }
 DATASET_LABELS = {'fashion_mnist': 'Fashion-MNIST', 'cifar10': 'CIFAR-10'}
 PAPER_LABELS = {name: DATASET_LABELS[name] for name in ('fashion_mnist', 'cifar10')}  # those of the paper
