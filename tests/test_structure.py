@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from mutants import FAULTS, edit, edit_notebook, notebook_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in path.parts)
@@ -202,3 +203,14 @@ def test_the_site_of_quarto_has_its_files():
     assert (ROOT / 'nbs' / settings['format']['html']['css']).exists()
     facts = yaml.safe_load((ROOT / 'nbs' / 'nbdev.yml').read_text())
     assert settings['metadata-files'][0] == 'nbdev.yml' and facts['website']['title'] == 'wib_nbdev'
+
+
+@pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.name)
+def test_a_seeded_fault_still_applies(fault):
+    "Its texts stand once in the module and in the notebook, and the test that should catch it exists."
+    patch = fault.patch
+    module = ROOT / 'wib_nbdev' / f'{patch.module}.py'
+    edit(module.read_text('utf-8'), patch.edits, module)
+    edit_notebook(notebook_of(ROOT, patch.module), patch.edits)
+    file, _, test = patch.test.partition('::')
+    assert f"def {test.split('[')[0]}" in (ROOT / file).read_text('utf-8')
