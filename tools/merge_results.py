@@ -4,6 +4,7 @@
     python tools/merge_results.py merge      # what the store holds, into results_next/
     python tools/merge_results.py publish    # results_next/, once complete, into the package, with verdicts
     python tools/merge_results.py judge      # judge the results in the package again, as after a new claim
+    python tools/merge_results.py depth      # the runs of the depth experiment (hours), into the package
 """
 import argparse
 import hashlib
@@ -19,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from wib_nbdev.claims import CLAIMS, judge, robustness
-from wib_nbdev.depth import DEPTH_TEXTS
+from wib_nbdev.depth import DEPTH_TEXTS, merge_runs, run_depth_plan
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
 
@@ -51,13 +52,13 @@ def missing_keys(results: Results) -> set[str]:
     return planned - held
 
 
-def check_provenance(commits: set[str]) -> None:
+def check_provenance(commits: set[str], criteria: str = CRITERIA) -> None:
     "`SystemExit` unless each run was made by a commit that descends from that of the criteria."
     for commit in commits:
-        try: git('merge-base', '--is-ancestor', CRITERIA, commit or 'none')
+        try: git('merge-base', '--is-ancestor', criteria, commit or 'none')
         except subprocess.CalledProcessError:
-            sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({CRITERIA}): '
-                     'make these runs again, or leave them out; do not change CRITERIA')
+            sys.exit(f'runs were made by commit {commit!r}, no descendant of the criteria ({criteria}): '
+                     "make these runs again, or leave them out; do not change the criteria's commit")
 
 
 @cache
@@ -203,7 +204,7 @@ def write_verdicts(results: Results) -> None:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge'))
+    parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge', 'depth'))
     parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper',
                         help='folder with one file per run')
     parser.add_argument('--root', type=Path, default=None,
@@ -212,9 +213,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.step == 'publish': return publish()
     if options.step == 'judge': return write_verdicts(load_results(PACKAGE))
+    edited = git('status', '--porcelain', '--', 'wib_nbdev', ':!wib_nbdev/results')
+    if options.step in ('run', 'depth') and edited:
+        sys.exit('wib_nbdev/ was edited: commit first, because runs record the commit that made them')
+    if options.step == 'depth':
+        try: results = run_depth_plan(options.store.parent / 'depth', n_jobs=options.jobs, root=options.root)
+        except SweepError as error: sys.exit(str(error))
+        check_provenance(set(results.runs['commit']), DEPTH_CRITERIA)
+        return merge_runs(results).to_parquet(PACKAGE / 'depth.parquet', index=False)
     if options.step == 'run':
-        if git('status', '--porcelain', '--', 'wib_nbdev'):
-            sys.exit('wib_nbdev/ was edited: commit first, since a run records its commit')
         if (NEXT / 'runs.csv').exists():
             print(f'{restore_runs(NEXT, options.store)} merged runs put into {options.store}')
         try: run_plan(options.store, n_jobs=options.jobs, root=options.root)

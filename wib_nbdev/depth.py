@@ -130,8 +130,8 @@ def merge_runs(
     results:Results, # from a sweep; runs of other experiments are left out
 ) -> pd.DataFrame:
     """A row per run and split: family, depth, arm, seed, optimizer, lr, chosen (at the best rate), split,
-    loss (nats), accuracy (share), both of the last epoch, NaN if the run diverged. `split` is 'holdout' for
-    runs that choose rates, 'test' and 'train' for the others."""
+    loss (nats), accuracy (share), both of the last epoch, NaN if the run diverged; commit, made_at. `split`
+    is 'holdout' for runs that choose rates, 'test' and 'train' for the others."""
     runs = results.runs[results.runs['network'].isin(FAMILIES)]
     arms = [_ARM_OF.get(_shape_of(config)) for config in configs_of(runs)]
     runs = runs.assign(family=runs['network'], arm=arms).dropna(subset='arm')
@@ -144,7 +144,7 @@ def merge_runs(
     frame.loc[frame['status'] != 'finished', ['loss', 'accuracy']] = math.nan
     best = best_rates(frame)[[*_CELL, 'lr']].assign(chosen=True)
     frame = frame.merge(best, how='left', on=[*_CELL, 'lr']).fillna({'chosen': False})
-    columns = [*_CELL, 'seed', 'optimizer', 'lr', 'chosen', 'split', 'loss', 'accuracy']
+    columns = [*_CELL, 'seed', 'optimizer', 'lr', 'chosen', 'split', 'loss', 'accuracy', 'commit', 'made_at']
     order = [*_CELL, 'split', 'lr', 'seed']
     return frame[columns].astype({'depth': int, 'chosen': bool}).sort_values(order, ignore_index=True)
 
