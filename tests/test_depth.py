@@ -26,7 +26,8 @@ N_ARMS = {'mlp': 10, 'deep_cnn': 10, 'rnn': 9}  # one batch norm cannot serve al
 def stored(configs, accuracy, status=lambda config: 'finished'):
     "Results as a sweep stores them, with the accuracy that a function gives each run."
     made = dict(commit='f0355bd', made_at='2026-11-26 12:00:00')
-    runs = pd.DataFrame([{**asdict(each), 'key': each.key, 'status': status(each), **made} for each in configs])
+    runs = pd.DataFrame([{**asdict(each), 'key': each.key, 'status': status(each), **made}
+                         for each in configs])
     epochs = [dict(key=config.key, epoch=epoch, split=split, loss=1.0, accuracy=accuracy(config) * epoch / 2)
               for config in configs for epoch in (1, 2) for split in ('train', 'valid')
               if split == 'train' or status(config) == 'finished']
