@@ -184,6 +184,7 @@ class Reproduce:
         else:
             results = self.workers.call(run_plan, store)
             configs += [*edge_plan(results), *best_rate_plan(results)]
+        _say('judging the claims and writing the report ...')
         verdicts = judge_main(results)
         page = write_report(results, store / 'report.html', verdicts=verdicts, made=_now())
         if self.all: _print_verdicts(verdicts)
