@@ -41,13 +41,13 @@ def lab(tmp_path_factory):
         server = subprocess.Popen(['make', 'lab'], cwd=copy, env=ours | places, stdout=log, stderr=log,
                                   start_new_session=True)
     try:
-        found = wait_for(lambda: list(copy.glob('runtime/jpserver-*.json')) or server.poll() is not None, 60)
+        found = wait_for(lambda: list(copy.glob('runtime/jpserver-*.json')) or server.poll() is not None)
         assert server.poll() is None and found, (copy / 'log').read_text()
-        url = wait_for(lambda: json.loads(found[0].read_text() or '{}').get('url'), 10)
+        url = wait_for(lambda: json.loads(found[0].read_text() or '{}').get('url'))
         yield url, copy
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        try: server.wait(60)
+        try: server.wait(300)
         except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
 
 
@@ -59,11 +59,12 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CHAPTERS]
 def test_a_notebook_restarts_and_runs_from_top_to_bottom(name, lab, browser):
     url, copy = lab
     page = browser.new_page(viewport={'width': 1280, 'height': 900})
+    page.set_default_timeout(600_000)  # a busy machine is slow
     if name == 'index.ipynb':  # what JupyterLab opens in one's own browser
-        redirect = wait_for(lambda: list(copy.glob('runtime/*file-to-run*')), 30)
+        redirect = wait_for(lambda: list(copy.glob('runtime/*file-to-run*')))
         page.goto(redirect[0].as_uri())
     else: page.goto(f'{url}lab/tree/{name}?reset')  # without the tabs of the last one
-    page.locator('.jp-MarkdownOutput h1').first.wait_for(timeout=120_000)
+    page.locator('.jp-MarkdownOutput h1').first.wait_for()
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Restart Kernel and Run All Cells').click()
     page.locator('.jp-Dialog button.jp-mod-accept').click()
@@ -81,7 +82,7 @@ def test_a_notebook_restarts_and_runs_from_top_to_bottom(name, lab, browser):
         page.wait_for_timeout(1000)
         return [cell for cell in ask(f'contents/{name}')['content']['cells'] if cell['cell_type'] == 'code']
     # Saved only once it is idle: the last cell of a chapter exports, which reads the file.
-    wait_for(lambda: idle() and all(cell['execution_count'] for cell in cells()), 600)
+    wait_for(lambda: idle() and all(cell['execution_count'] for cell in cells()), 3600)
     ran = cells()
     assert [cell['execution_count'] for cell in ran] == list(range(1, len(ran) + 1))
     assert [output for cell in ran for output in cell['outputs'] if output['output_type'] == 'error'] == []

@@ -85,7 +85,7 @@ def test_search_finds_what_is_there(window, address, words, page):
     window.goto(f'{address}/search.html?q={words}')
     # The results come one after the other.
     result = window.locator('#search-results li', has=window.locator(f'a[href*="{page}"]')).first
-    result.locator('.context').wait_for(timeout=20_000)
+    result.locator('.context').wait_for(timeout=300_000)
     assert words.split()[0].lower() in result.inner_text().lower()
 
 

@@ -2,7 +2,7 @@
 import time
 
 
-def wait_for(condition, seconds: float = 60):
+def wait_for(condition, seconds: float = 600):
     "The first true value of the condition."
     until = time.monotonic() + seconds
     while not (value := condition()):

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'THEMES', 'DATASETS', 'CONVOLUTIONS', 'READINGS', 'NEAR', 'Test', 'VARIES', 'TEXTS', 'CLAIMS', 'NOTHING',
            'PROMISES', 'JUDGED', 'WORLD', 'THRESHOLDS', 'Judgement', 'MissingRuns', 'exactly', 'above', 'below',
-           'within', 'near', 'opposite', 'at_least', 'every', 'some', 'grade', 'decide', 'best_of', 'Evidence',
-           'effect_of', 'intervals', 'paired_interval', 'ratio', 'largest_fall', 'Claim', 'robustness', 'judge',
-           'committed_verdicts']
+           'within', 'near', 'opposite', 'at_least', 'every', 'some', 'grade', 'decide', 'best_of', 'without_records',
+           'Evidence', 'effect_of', 'intervals', 'paired_interval', 'ratio', 'largest_fall', 'Claim', 'robustness',
+           'judge', 'committed_verdicts']
 
 # %% ../nbs/lib/claims.ipynb #92c50609
 import math
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from configparser import ConfigParser
 from dataclasses import dataclass, field, replace
@@ -162,6 +163,10 @@ def _enough(rows: list[Any], needed: int, what: str, rivals: tuple[str, ...]) ->
     if pairs >= needed: return rows
     raise MissingRuns(f'{what.format(rival)}: {pairs} pairs of seeds, {needed} needed')
 
+def without_records(results:Results) -> Results:
+    "The results without what is recorded of layers, steps and images: faster to select from."
+    return results._replace(**dict.fromkeys(('layers', 'correct', 'steps'), pd.DataFrame()))
+
 @dataclass(frozen=True)
 class Evidence:
     "Results, and the choices by which they are judged. Methods raise `MissingRuns` if runs are missing."
@@ -228,26 +233,24 @@ class Evidence:
         found = (below if is_loss else above)(effect_of(row), 0, rope)
         return None if found and row.p_holm >= 0.05 else found
 
-    @property
-    @_cached
-    def without_records(self) -> Results:
-        "The results without what is recorded of layers, steps and images."
-        return self.results._replace(**dict.fromkeys(('layers', 'correct', 'steps'), pd.DataFrame()))
-
     def _grid(self, wib: str, *datasets: str) -> Results:
         "The runs that choose learning rates, of an arm and the rivals on each of the data sets."
-        grid = select(self.without_records, **self.shared_fields(), dataset=datasets, arm=[wib, *RIVALS],
-                      valid='holdout')
+        grid = select(without_records(self.results), **self.shared_fields(), dataset=datasets,
+                      arm=[wib, *RIVALS], valid='holdout')
         there = set(zip(grid.runs['dataset'], grid.runs['arm'], strict=True)) if len(grid.runs) else set()
         missing = [each for each in product(datasets, [wib, *RIVALS]) if each not in there]
         if missing: raise MissingRuns('a grid of learning rates on {} with {}'.format(*missing[0]))
         return grid
 
     @_cached
+    def _best_rates(self, dataset: str, wib: str) -> pd.DataFrame:
+        return best_rates(self._grid(wib, dataset))
+
+    @_cached
     def _compared_at_best_rates(self, dataset: str, wib: str, at: str) -> list[Any]:
-        best = best_rates(self._grid(wib, dataset))
-        final = select(self.without_records, **self.shared_fields(), dataset=dataset, arm=[wib, *RIVALS],
-                       valid='test')
+        best = self._best_rates(dataset, wib)
+        final = select(without_records(self.results), **self.shared_fields(), dataset=dataset,
+                       arm=[wib, *RIVALS], valid='test')
         runs = at_settings(final, best)
         if runs.runs.empty: raise MissingRuns(f'runs on {dataset} with each arm at its own best rate')
         return _rows(compare_arms(pivot(runs, at), wib, RIVALS, ['valid accuracy']), wib)
@@ -262,9 +265,9 @@ class Evidence:
         """By split, data set and arm, and by seed: how far an epoch's loss lies, on average, from the mean of
         the epochs before and after it (nats)."""
         runs = self.main.runs.query("status == 'finished'").set_index('key')
-        epochs = self.main.epochs[self.main.epochs['key'].isin(runs.index)].sort_values('epoch')
-        middle = lambda loss: np.abs(np.diff(loss, 2)).mean() / 2 if len(loss) > 2 else math.nan
-        rough = epochs.groupby(['key', 'split'])['loss'].agg(middle).rename('rough').reset_index()
+        epochs = self.main.epochs[self.main.epochs['key'].isin(runs.index)]
+        curves = epochs.pivot(index=['key', 'split'], columns='epoch', values='loss')
+        rough = curves.diff(axis=1).diff(axis=1).abs().mean(axis=1).div(2).rename('rough').reset_index()
         groups = rough.join(runs[['dataset', 'arm', 'seed']], on='key').groupby(['split', 'dataset', 'arm'])
         return {name: part.set_index('seed')['rough'] for name, part in groups}
 
@@ -292,12 +295,16 @@ class Evidence:
 
     @_cached
     def _speed(self, arm: str, rivals: tuple[str, ...]) -> list[Any]:
-        return _rows(speed_differences(select(self.main, arm=[arm, *rivals]), arm, rivals))
+        runs = select(without_records(self.main), arm=[arm, *rivals])
+        return _rows(speed_differences(runs, arm, rivals))
 
-    @_cached
     def own_speed(self, wib: str) -> list[Any]:
         """Rows of `speed_differences` with each arm at its own fastest rate of the grid; as in `best_rates`,
         not one at which a run diverged."""
+        return replace(self, setting=self.shared_fields())._own_speed(wib)  # the same in every setting
+
+    @_cached
+    def _own_speed(self, wib: str) -> list[Any]:
         grid = without_diverged(self._grid(wib, *DATASETS))
         targets = common_loss(grid, [wib, *RIVALS])
         fastest = at_settings(grid, fastest_settings(grid, targets))
@@ -306,7 +313,8 @@ class Evidence:
     @_cached
     def equal_loss(self, arm: str) -> list[Any]:
         "Comparisons of an arm and ReLU where both have the same training loss."
-        return _rows(at_equal_loss(select(self.main, arm=[arm, 'relu']), arm, ['relu']), arm)
+        runs = select(without_records(self.main), arm=[arm, 'relu'])
+        return _rows(at_equal_loss(runs, arm, ['relu']), arm)
 
     def shared_fields(self) -> dict[str, Any]:
         "The setting without its optimizer and what it validates on."
@@ -365,10 +373,13 @@ class Evidence:
         "The `averages` on each data set."
         return [self.averages(arm, dataset, column, *span) for dataset in DATASETS]
 
+@cache
+def _row_class(columns: tuple[str, ...]) -> Any: return namedtuple('Row', columns)
+
 def _rows(frame: pd.DataFrame, arm: str = '') -> list[Any]:
     "Rows as named tuples; of `compare_arms` with the arm and the number of pairs."
     if arm: frame = frame.assign(arm=arm, pairs=frame['n'] + frame['diverged'])
-    return list(frame.itertuples(index=False))
+    return list(map(_row_class(tuple(frame))._make, frame.itertuples(index=False, name=None)))
 
 def effect_of(row:Any) -> Interval:
     "The effect of a row."
@@ -839,7 +850,7 @@ def judge_table1(evidence:Evidence) -> Judgement:
 def judge_rate(evidence:Evidence) -> Judgement:
     "Section 4: does Adam at 0.4 train the network to the published accuracy? Its best epoch counts."
     setting = {**evidence.setting, 'lr': 0.4, 'optimizer': 'adam', 'momentum': 0.9}
-    runs = select(evidence.without_records, **setting, dataset='fashion_mnist', arm=evidence.wib)
+    runs = select(without_records(evidence.results), **setting, dataset='fashion_mnist', arm=evidence.wib)
     if len(runs.runs) < 2: raise MissingRuns(f'{evidence.wib} on fashion_mnist with Adam at lr=0.4')
     values = run_values(runs, 'best').query('metric == "valid accuracy"')['value'].fillna(0.1)
     accuracy, goal = t_interval(values), PUBLISHED['valid accuracy'] - 0.02 * evidence.threshold

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from .config import TrainConfig, check_number, one_of
 from .plan import PAPER_ARMS, RIVALS, SETTING, with_arms
@@ -179,8 +179,8 @@ def rope_posterior(
     if kind_of(metric) == 'loss': edges = -np.log1p(-edges)
     names = ('p_worse', 'p_equivalent', 'p_better', 'p_claimed')
     if len(x) < 2: return dict.fromkeys(names, math.nan)
-    posterior = (len(x) - 1, x.mean(), max(x.std(ddof=1) / math.sqrt(len(x)), 1e-15))
-    worse, (better, as_claimed) = stats.t.cdf(edges[0], *posterior), stats.t.sf(edges[1:], *posterior)
+    t = (edges - x.mean()) / max(x.std(ddof=1) / math.sqrt(len(x)), 1e-15)
+    worse, better, as_claimed = special.stdtr(len(x) - 1, t * [1, -1, -1])  # far faster than stats.t.cdf
     values = (worse, 1 - worse - better, better, as_claimed)
     return {name: float(p) for name, p in zip(names, values, strict=True)}
 
@@ -244,7 +244,8 @@ def compare_arms(
     rows = []
     for dataset in sorted(wide.index.unique('dataset'), reverse=True):
         part = wide.loc[dataset]
-        values, nothing = {name: part[name].to_numpy() for name in part}, np.full(len(part), np.nan)
+        values = dict(zip(part.columns, part.to_numpy().T, strict=True))
+        nothing = np.full(len(part), np.nan)
         for metric in metrics:
             family = []
             for rival in rivals:
@@ -294,24 +295,25 @@ def common_loss(results:Results, arms:Collection[str]=PAPER_ARMS) -> dict[str, f
     reached = runs.assign(loss=runs['key'].map(lowest)).groupby(['dataset', 'arm', *SETTING])['loss'].max()
     return reached.groupby(['dataset', 'arm']).min().groupby('dataset').max().to_dict()
 
-def _first_crossing(x: np.ndarray, y: np.ndarray, target: float) -> float:
-    "Where `y` first comes down to `target`; NaN if nowhere."
-    below = np.flatnonzero(y <= target)
-    if not len(below): return math.nan
-    first = below[0]
-    if first == 0: return float(x[0])
-    share = (y[first - 1] - target) / (y[first - 1] - y[first])
-    return float(x[first - 1] + share * (x[first] - x[first - 1]))
+def _first_crossing(curves: pd.DataFrame, targets: np.ndarray) -> pd.Series:
+    "Where each row, over its columns, first comes down to its target; NaN if nowhere."
+    x, y = curves.columns.to_numpy(dtype=float), curves.to_numpy()
+    below, row = y <= targets[:, None], np.arange(len(y))
+    first = below.argmax(axis=1)
+    before = np.maximum(first - 1, 0)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        share = (y[row, before] - targets) / (y[row, before] - y[row, first])
+        at = x[before] + np.where(first == 0, 0, share * (x[first] - x[before]))
+    return pd.Series(np.where(below.any(axis=1), at, np.nan), curves.index)
 
 def epochs_to_loss(results:Results, targets:Mapping[str, float]) -> pd.DataFrame:
     """The runs with `epochs`: passes over the training images until the training loss (nats) is at the target
     of the data set, linear between the middles of epochs; NaN if it never is, or if the run diverged."""
     for target in targets.values(): check_number(target, 'targets', above=0)
     part = select(results, dataset=list(targets))
-    goal = part.runs.set_index('key')['dataset'].map(targets)
-    curves = part.epochs[part.epochs['split'] == 'train'].sort_values('epoch').groupby('key')
-    reached = {key: _first_crossing(curve['epoch'].to_numpy() - 0.5, curve['loss'].to_numpy(), goal[key])
-               for key, curve in curves}
+    curves = part.epochs[part.epochs['split'] == 'train'].pivot(index='key', columns='epoch', values='loss')
+    goal = part.runs.set_index('key')['dataset'].map(targets).reindex(curves.index).to_numpy()
+    reached = _first_crossing(curves.rename(columns=lambda epoch: epoch - 0.5), goal)
     epochs = part.runs['key'].map(reached).astype(float)
     return part.runs.assign(epochs=epochs.where(part.runs['status'] == 'finished'))
 
@@ -349,10 +351,10 @@ def speed_differences(
     targets = common_loss(results, (arm, *rivals)) if targets is None else targets
     runs = epochs_to_loss(results, targets)
     check_one_run_each(runs)
-    rows = []
+    wide, rows = runs.pivot(index=['dataset', 'seed'], columns='arm', values='epochs'), []
     for dataset, rival in itertools.product(sorted(targets, reverse=True), rivals):
         part = runs[(runs['dataset'] == dataset) & runs['arm'].isin([arm, rival])]
-        both = part.pivot(index='seed', columns='arm', values='epochs').reindex(columns=[arm, rival]).dropna()
+        both = wide.loc[dataset].reindex(columns=[arm, rival]).dropna()
         log_ratio = t_interval(np.log(both[arm]) - np.log(both[rival]))
         ratio = Interval(*np.exp(log_ratio))
         row = dict(dataset=dataset, rival=rival, target=targets[dataset], n=len(both),
@@ -384,11 +386,12 @@ def at_equal_loss(
     targets = common_loss(results, (arm, *rivals)) if targets is None else targets
     runs = epochs_to_loss(results, targets).dropna(subset='epochs')
     check_one_run_each(runs)
-    valid = results.epochs[results.epochs['split'] == 'valid'].sort_values('epoch')
-    curves = dict(list(valid.groupby('key')))
-    value = lambda row, kind: np.interp(row.epochs, curves[row.key]['epoch'], curves[row.key][kind])
-    values = [runs.assign(metric=f'valid {kind}', value=[value(row, kind) for row in runs.itertuples()])
-              for kind in ('loss', 'accuracy')]
+    valid, values = results.epochs[results.epochs['split'] == 'valid'], []
+    for kind in ('loss', 'accuracy'):
+        curves = valid.pivot(index='key', columns='epoch', values=kind).loc[runs['key']]
+        each = zip(runs['epochs'], curves.to_numpy(), strict=True)
+        found = [np.interp(epoch, curves.columns, curve) for epoch, curve in each]
+        values.append(runs.assign(metric=f'valid {kind}', value=found))
     return compare_arms(_side_by_side(pd.concat(values)), arm, rivals, ['valid loss', 'valid accuracy'])
 
 # %% ../nbs/lib/statistics.ipynb #e92710db
