@@ -307,6 +307,13 @@ def test_a_rate_at_which_a_run_diverged_sets_no_target():
     assert [(row.n, row.missed) for row in rows] == 8 * [(3, 0)]
 
 
+def test_runs_that_all_diverged_decide_nothing(paper_world):
+    lost = paper_world._replace(runs=paper_world.runs.assign(status='diverged'))
+    verdicts = c.judge(lost).set_index('id')['verdict']
+    names = ['outperforms', 'loss', 'accuracy', 'speed', 'equal_loss', 'convergence', 'fig12', 'smooth']
+    assert set(verdicts[names]) <= {'undecided', 'cannot be tested'}
+
+
 def test_a_third_data_set_changes_no_verdict(paper_world):
     runs = paper_world.runs.query("dataset == 'cifar10'")
     third = only(paper_world._replace(runs=runs), lambda runs: runs['seed'] >= 0)

@@ -256,6 +256,9 @@ def test_epochs_to_loss_are_interpolated():
     reached = lambda target, results=one: s.epochs_to_loss(results, {'cifar10': target})['epochs'].iloc[0]
     assert reached(2.25) == pytest.approx(1.25) and reached(3.0) == 0.5 and math.isnan(reached(0.9))
     assert math.isnan(reached(2.25, changed(one, "arm == 'relu'", status='diverged')))
+    assert s.epochs_to_loss(s.select(one, seed=99), {'cifar10': 0.5}).empty, 'without runs there is no row'
+    pair = s.speed_differences(one, 'relu', ['elu'], targets={'cifar10': 0.5, 'fashion_mnist': 0.5})
+    assert pair['n'].tolist() == [0, 0]
 
 
 def hyperbola(config, epoch, split) -> float:

@@ -296,6 +296,7 @@ class Evidence:
     @_cached
     def _speed(self, arm: str, rivals: tuple[str, ...]) -> list[Any]:
         runs = select(without_records(self.main), arm=[arm, *rivals])
+        for dataset in DATASETS: self.runs(arm, dataset)  # which asks for finished ones
         return _rows(speed_differences(runs, arm, rivals))
 
     def own_speed(self, wib: str) -> list[Any]:
@@ -307,6 +308,7 @@ class Evidence:
     def _own_speed(self, wib: str) -> list[Any]:
         grid = without_diverged(self._grid(wib, *DATASETS))
         targets = common_loss(grid, [wib, *RIVALS])
+        if set(targets) != set(DATASETS): raise MissingRuns('a rate at which no run diverged')
         fastest = at_settings(grid, fastest_settings(grid, targets))
         return _rows(speed_differences(fastest, wib, RIVALS, targets=targets))
 
@@ -314,6 +316,7 @@ class Evidence:
     def equal_loss(self, arm: str) -> list[Any]:
         "Comparisons of an arm and ReLU where both have the same training loss."
         runs = select(without_records(self.main), arm=[arm, 'relu'])
+        for dataset in DATASETS: self.runs(arm, dataset)  # which asks for finished ones
         return _rows(at_equal_loss(runs, arm, ['relu']), arm)
 
     def shared_fields(self) -> dict[str, Any]:

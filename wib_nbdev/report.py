@@ -220,8 +220,9 @@ WHAT_IS_PROMISED = (
     Promise('fast by the clock (our addition)', 'seconds', '',
             'On both, the whole interval lies below 0.'),
 )
-VERDICT_RULE = ('*Does not hold*: an interval excludes the rule. *Undecided*: none does, but not all meet '
-                'it. *In part*: met on one data set.')
+VERDICT_RULE = ('*In part*: the rule is met on one data set, or a promised size is not reached but a gain '
+                'lies wholly beyond 2 % (half a point). Else *does not hold*, if an interval excludes the '
+                'rule, or *undecided*.')
 TOO_SMALL = 'A change whose whole interval lies within 2 % (accuracy: half a point) counts as no change.'
 
 def _keeps(row: Any) -> tuple[Test, Test]:

@@ -297,9 +297,9 @@ def common_loss(results:Results, arms:Collection[str]=PAPER_ARMS) -> dict[str, f
 
 def _first_crossing(curves: pd.DataFrame, targets: np.ndarray) -> pd.Series:
     "Where each row, over its columns, first comes down to its target; NaN if nowhere."
-    x, y = curves.columns.to_numpy(dtype=float), curves.to_numpy()
+    x, y = curves.columns.to_numpy(dtype=float), curves.to_numpy(dtype=float)
     below, row = y <= targets[:, None], np.arange(len(y))
-    first = below.argmax(axis=1)
+    first = np.cumprod(~below, axis=1).sum(axis=1) * below.any(axis=1)
     before = np.maximum(first - 1, 0)
     with np.errstate(invalid='ignore', divide='ignore'):
         share = (y[row, before] - targets) / (y[row, before] - y[row, first])
@@ -312,7 +312,7 @@ def epochs_to_loss(results:Results, targets:Mapping[str, float]) -> pd.DataFrame
     for target in targets.values(): check_number(target, 'targets', above=0)
     part = select(results, dataset=list(targets))
     curves = part.epochs[part.epochs['split'] == 'train'].pivot(index='key', columns='epoch', values='loss')
-    goal = part.runs.set_index('key')['dataset'].map(targets).reindex(curves.index).to_numpy()
+    goal = part.runs.set_index('key')['dataset'].map(targets).reindex(curves.index).to_numpy(dtype=float)
     reached = _first_crossing(curves.rename(columns=lambda epoch: epoch - 0.5), goal)
     epochs = part.runs['key'].map(reached).astype(float)
     return part.runs.assign(epochs=epochs.where(part.runs['status'] == 'finished'))
@@ -354,7 +354,7 @@ def speed_differences(
     wide, rows = runs.pivot(index=['dataset', 'seed'], columns='arm', values='epochs'), []
     for dataset, rival in itertools.product(sorted(targets, reverse=True), rivals):
         part = runs[(runs['dataset'] == dataset) & runs['arm'].isin([arm, rival])]
-        both = wide.loc[dataset].reindex(columns=[arm, rival]).dropna()
+        both = wide[wide.index.get_level_values('dataset') == dataset].reindex(columns=[arm, rival]).dropna()
         log_ratio = t_interval(np.log(both[arm]) - np.log(both[rival]))
         ratio = Interval(*np.exp(log_ratio))
         row = dict(dataset=dataset, rival=rival, target=targets[dataset], n=len(both),
