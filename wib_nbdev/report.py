@@ -311,6 +311,11 @@ def count_verdicts(
 
 FRESH_SEED = 10  # that of the second round, whose criteria are older than its runs
 
+def _trial(results: Results) -> str:
+    "What to add to a number of runs on the full data that had been seen before the criteria were written."
+    runs = results.runs
+    return '' if runs['sample'].all() or runs['seed'].min() >= FRESH_SEED else ', a trial'
+
 def provenance(
     results:Results, # from `sweep.load_results`
 ) -> str:
@@ -325,7 +330,7 @@ def provenance(
     images = 'a small sample of' if runs['sample'].all() else 'all of'
     said = (f'{len(runs)} runs of {epochs} epochs on {images} {names}, together {spent} of one core, on '
             f'{where} with torch {torch}.')
-    if runs['sample'].all() or runs['seed'].min() >= FRESH_SEED: return said
+    if not _trial(results): return said
     return (f'{said} Seeds below {FRESH_SEED} had been seen when settings and criteria were chosen, so these '
             'runs are a trial and no evidence; a second round of runs is in progress.')
 
@@ -382,7 +387,7 @@ def terminal_summary(
     if sample: lines['Found'] += f' {WORTH}'
     if full is not None:
         known = headline(against_relu(full))
-        lines['Known'] = f'{known} ({len(full.runs)} committed runs, full data)'
+        lines['Known'] = f'{known} ({len(full.runs)} committed runs, full data{_trial(full)})'
     lines['Report'] = f'{report} (open it in a browser)'
     store = '' if sample else f' {Path(report).parent}'
     lines['Next'] = f'wib-nbdev claims{store}: each sentence of the paper, judged'
@@ -654,7 +659,8 @@ def _page(results: Results, judged: pd.DataFrame, full: Results | None) -> dict[
     return dict(
         headline=headline(table), own=headline(own),
         full='' if full is None else headline(against_relu(full)),
-        n_full=0 if full is None else len(full.runs), mark=explain_mark(pd.DataFrame(claims)),
+        n_full='' if full is None else f'{len(full.runs)} runs{_trial(full)}',
+        mark=explain_mark(pd.DataFrame(claims)),
         promises=promises(table).assign(own=promises(own)['verdict']).to_dict('records'), forest=forest,
         trust=_trust(best, table, claims), counts=count_verdicts(pd.DataFrame(claims)),
         sections=_sections(evidence, claims), differences=_difference_table(evidence),
