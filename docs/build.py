@@ -139,7 +139,7 @@ def put_report() -> str:
     sidebar. Returns the report, which takes its place."""
     results = load_results()
     table = report.against_relu(results)
-    found = f'{report.headline(table)} {report.numbers(table)}'
+    found = f'{report.headline(table)} {report.numbers(table)} {report.elsewhere(results)}'
     (SOURCE / 'report.md').write_text(f'# The report\n\n{found}\n')
     return report.render(results).replace(f'href="{report.SITE}"', 'href="index.html"')
 

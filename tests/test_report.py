@@ -12,7 +12,7 @@ import pytest
 
 from wib_nbdev import claims, report
 from wib_nbdev.claims import CLAIMS, NOTHING, judge
-from wib_nbdev.plan import MAIN, PAPER_ARMS
+from wib_nbdev.plan import MAIN, PAPER_ARMS, SETTINGS
 from wib_nbdev.statistics import MIN_PAIRS, effect_in_words, paired_differences, select
 from wib_nbdev.sweep import load_results
 
@@ -126,6 +126,27 @@ def test_headline_without_enough_runs(full, sample):
         f'Undecided: 3 pairs of seeds, too few to tell WIB-ReLU from ReLU ({MIN_PAIRS} are needed).')
     one = select(full, **report.main_setting(full), dataset='cifar10')
     assert report.headline(report.against_relu(one)).startswith('On CIFAR-10, WIB-ReLU ')
+
+
+def test_what_another_setting_says_otherwise(full):
+    "The same runs with ReLU's and WIB-ReLU's exchanged, as if made in another setting of the plan."
+    main = report.main_setting(full)
+    name, fields = next(each for each in SETTINGS.items() if not each[1].items() <= main.items())
+    pairs = select(full, **main, arm=['relu', 'wib_relu'])
+    runs = pairs.runs.drop(columns='arm')
+    apart = runs.assign(**fields, key='x' + runs['key'])
+    apart = apart[apart['seed'] < apart['seed'].max()]  # fewer, so that the main setting stays what it is
+    swap = {'relu': 'wib_relu', 'wib_relu': 'relu'}
+    keys = pairs.runs.set_index(['dataset', 'seed', 'arm'])['key']
+    other = {keys[dataset, seed, arm]: 'x' + keys[dataset, seed, swap[arm]]
+             for dataset, seed, arm in keys.index}
+    epochs = pairs.epochs.assign(key=pairs.epochs['key'].map(other))
+    both = full._replace(runs=pd.concat([runs, apart]), epochs=pd.concat([pairs.epochs, epochs]))
+    said = report.elsewhere(both)
+    assert f'With {name}, it needs more epochs than ReLU to reach the same training loss: +' in said
+    assert report.elsewhere(full._replace(runs=runs)) == '', 'no other setting has runs'
+    few = both._replace(runs=pd.concat([runs, apart[apart['seed'] < runs['seed'].min() + 3]]))
+    assert report.elsewhere(few) == '', 'too few'
 
 
 def test_the_numbers_are_those_of_the_comparison(full):

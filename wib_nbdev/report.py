@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER', 'PROJECT', 'SITE', 'QUANTITIES', 'WHAT_IS_PROMISED', 'VERDICT_RULE', 'TOO_SMALL', 'FRESH_SEED', 'UNIT',
            'WORTH', 'NOTEBOOKS', 'Inputs', 'PICTURES', 'THEME_TITLES', 'main_setting', 'setting_in_words', 'state_of',
-           'against_relu', 'headline', 'numbers', 'Promise', 'promises', 'as_markdown', 'mark', 'explain_mark',
-           'marks_by', 'count_verdicts', 'provenance', 'reason', 'measured', 'full_reproduction', 'terminal_summary',
-           'as_svgs', 'Picture', 'explorable', 'judge_main', 'render', 'write_report']
+           'against_relu', 'headline', 'numbers', 'elsewhere', 'Promise', 'promises', 'as_markdown', 'mark',
+           'explain_mark', 'marks_by', 'count_verdicts', 'provenance', 'reason', 'measured', 'full_reproduction',
+           'terminal_summary', 'as_svgs', 'Picture', 'explorable', 'judge_main', 'render', 'write_report']
 
 # %% ../nbs/lib/report.ipynb #71e29c56
 import base64
@@ -126,12 +126,13 @@ def _own_rate(evidence: Evidence) -> Iterator[dict[str, Any]]:
         yield from (dict(row._asdict(), quantity='own rate') for row in rows if row.rival == 'relu')
 
 def against_relu(
-    results:Results, # from `sweep.load_results`, of which the runs in the `main_setting` count
+    results:Results, # from `sweep.load_results`
+    setting:Mapping[str, Any] | None=None, # fields of the runs that count; the `main_setting` if None
 ) -> pd.DataFrame:
     """A row per data set and quantity: n (pairs of seeds), WIB-ReLU's effect with its 95 % interval (a
     difference for an accuracy, else relative), claimed (whether the interval reaches what the abstract
     promises), and state (see `state_of`). No rows without a pair."""
-    evidence = Evidence(results, main_setting(results))
+    evidence = Evidence(results, setting or main_setting(results))
     rows: list[dict[str, Any]] = []
     try:
         if {'wib_relu', 'relu'} <= set(select(evidence.main, status='finished').runs['arm']):
@@ -168,6 +169,15 @@ def _clause(states: dict[str, str], words: dict[str, str]) -> tuple[str, int]:
     left = f" (undecided on {where['undecided']})" if 'undecided' in found else ''
     return ' and '.join(said) + left, ('better' in found) - ('worse' in found)
 
+def _clauses(table: pd.DataFrame) -> dict[str, tuple[str, int]]:
+    "What is said of each quantity of the headline."
+    states = {name: rows.set_index('dataset')['state'].to_dict() for name, rows in table.groupby('quantity')}
+    return {name: _clause(states.get(name, {'': 'undecided'}), words) for name, words in _WORDS.items()}
+
+def _changes(table: pd.DataFrame, quantity: str) -> str:
+    rows = table[table['quantity'] == quantity].itertuples()
+    return ' and '.join(f'{effect_in_words(row)} on {DATASET_LABELS[row.dataset]}' for row in rows)
+
 def headline(
     table:pd.DataFrame, # of `against_relu`
 ) -> str:
@@ -178,9 +188,7 @@ def headline(
     if (most := int(table['n'].max())) < MIN_PAIRS:
         pairs = f"{most} pair{'s' * (most > 1)} of seeds"
         return f'Undecided: {pairs}, too few to tell WIB-ReLU from ReLU ({MIN_PAIRS} are needed).'
-    states = {name: rows.set_index('dataset')['state'].to_dict() for name, rows in table.groupby('quantity')}
-    clauses = [_clause(states.get(name, {'': 'undecided'}), words) for name, words in _WORDS.items()]
-    (speed, speed_sign), (accuracy, accuracy_sign), (loss, _) = clauses
+    (speed, speed_sign), (accuracy, accuracy_sign), (loss, _) = _clauses(table).values()
     datasets = table['dataset'].unique()
     where = f'On {DATASET_LABELS[datasets[0]]}, ' if len(datasets) == 1 else ''
     joint = 'and' if speed_sign == accuracy_sign else 'but'
@@ -190,15 +198,27 @@ def numbers(
     table:pd.DataFrame, # of `against_relu`
 ) -> str:
     "The sizes behind `headline` in one sentence; '' without a pair."
-    parts = []
-    for quantity in _WORDS:
-        rows = table[table['quantity'] == quantity].itertuples()
-        changes = ' and '.join(f'{effect_in_words(row)} on {DATASET_LABELS[row.dataset]}' for row in rows)
-        if changes: parts.append(f'{QUANTITIES[quantity]} {changes}')
+    changes = {quantity: _changes(table, quantity) for quantity in _WORDS}
+    parts = [f'{QUANTITIES[quantity]} {text}' for quantity, text in changes.items() if text]
     if not parts: return ''
     n = table.loc[table['quantity'].isin(list(_WORDS)), 'n']
     seeds = ' to '.join(map(str, sorted({n.min(), n.max()})))
     return f"WIB-ReLU against ReLU over {seeds} paired seeds, with 95 % intervals: {'; '.join(parts)}."
+
+def elsewhere(
+    results:Results, # from `sweep.load_results`
+) -> str:
+    """What `headline` would say in the plan's other settings where it speaks more, or less, for WIB-ReLU
+    there; with the sizes. '' if it does so nowhere, or if these settings have too few runs."""
+    main, said = main_setting(results), []
+    here = _clauses(against_relu(results))
+    for name, fields in SETTINGS.items():
+        table = against_relu(results, {**main, **fields})
+        if table.empty or table['n'].max() < MIN_PAIRS: continue
+        other = [f"{'it ' * (quantity != 'loss')}{clause}: {_changes(table, quantity)}"
+                 for quantity, (clause, sign) in _clauses(table).items() if sign != here[quantity][1]]
+        if other: said.append(f"With {name}, {'; '.join(other)}.")
+    return ' '.join(['In other settings the answer differs.', *said]) if said else ''
 
 # %% ../nbs/lib/report.ipynb #1ba55432
 class Promise(NamedTuple):
@@ -657,7 +677,7 @@ def _page(results: Results, judged: pd.DataFrame, full: Results | None) -> dict[
     except MissingRuns: pass
     setups = results.runs.groupby(list(MAIN)).ngroups if len(results.runs) else 0
     return dict(
-        headline=headline(table), own=headline(own),
+        headline=headline(table), elsewhere=elsewhere(best.results), own=headline(own),
         full='' if full is None else headline(against_relu(full)),
         n_full='' if full is None else f'{len(full.runs)} runs{_trial(full)}',
         mark=explain_mark(pd.DataFrame(claims)),
