@@ -562,7 +562,8 @@ def roughness(evidence:Evidence, arm:str, rival:str, test:Callable[..., Test]) -
     found = {name: ratio(*each) for name, each in sides.items()}
     pairs = {name: ours.index.intersection(theirs.index).size for name, (ours, theirs) in sides.items()}
     tests = [test(x, 1, margin) if pairs[name] >= evidence.min_pairs else None for name, x in found.items()]
-    words = [by_dataset(spell(found[split, dataset]) for dataset in DATASETS) for split in ('train', 'valid')]
+    words = [by_dataset(spell(found[split, dataset], 3) for dataset in DATASETS)
+             for split in ('train', 'valid')]
     why = (f'roughness, {label(arm)} over {label(rival)}: of the training loss {words[0]}; '
            f'of the validation loss {words[1]}')
     return decide(found['train', DATASETS[0]], why, *tests, n=n)

@@ -184,7 +184,7 @@ def plot_rates(
                   errorbar=_ends, err_kws=dict(linewidth=1), palette=[colour(arm) for arm in arms],
                   markers=[marker(arm) for arm in arms], markersize=4, linewidth=1.2, legend=False,
                   formatter='{:g}'.format, ax=ax)
-    ax.set(xlabel='learning rate', ylabel='accuracy (share)')
+    ax.set(xlabel='learning rate (points side by side)', ylabel='accuracy (share)')
     spread = 0.15 * (len(arms) > 1)
     offsets = dict(zip(arms, np.linspace(-spread, spread, len(arms)), strict=True))  # seaborn's, of dodge=0.3
     means = there.groupby(['lr', 'arm'])['value'].mean().reset_index()

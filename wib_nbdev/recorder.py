@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .activations import WIBReLU, WIBReLUBatch, WIBReLUCode, ZeroMean
 from .config import check_number, one_of
+from .models import LAYERS
 from .style import THEORY, label_ends, new_axes
 
 # %% ../nbs/lib/recorder.ipynb #4e8aae0e
@@ -338,7 +339,8 @@ def _draw_lines(frame: pd.DataFrame, column: str, ax: Axes, layers: Sequence[str
     for layer in known if layers is None else layers:
         place = known.index(one_of(layer, known, 'layers'))
         part = frame[frame['layer'] == layer]
-        colour, width = LAYER_COLOURS[place % len(LAYER_COLOURS)], 3 - 2.2 * place / len(known)
+        shade = LAYERS.index(layer) if layer in LAYERS else place  # the same colour in every picture
+        colour, width = LAYER_COLOURS[shade % len(LAYER_COLOURS)], 3 - 2.2 * place / len(known)
         ax.plot(part['iteration'], part[column], color=colour, linewidth=width, label=layer)
         finite = part[np.isfinite(part[column])]
         if len(finite): ends[layer] = (*finite[['iteration', column]].iloc[-1], colour)

@@ -444,7 +444,6 @@ COVERS = {  # what an interval or a probability covers, and what it leaves out
              'other test images, other settings and other networks.',
     'images': 'The interval covers the choice of seeds and of test images; it leaves out other training '
               'images, other settings and other networks.',
-    'wins': 'The exact interval covers the choice of seeds; it leaves out by how much each is won.',
     'posterior': 'The probability assumes these runs, normal differences and a flat prior; it leaves out '
                  'what the interval over seeds leaves out.',
     'speed': 'The interval covers the choice of seeds; it leaves out how the target, or the fastest setting, '
