@@ -144,7 +144,7 @@ def test_what_another_setting_says_otherwise(full):
     both = full._replace(runs=pd.concat([runs, apart]), epochs=pd.concat([pairs.epochs, epochs]))
     said = report.elsewhere(both)
     assert f'In 1 of 1 other settings the answer differs: with {name}, where ReLU ends at ' in said
-    assert 'CIFAR-10, it needs more epochs than ReLU to reach the same training loss: +' in said
+    assert 'CIFAR-10, WIB-ReLU needs more epochs than ReLU to reach the same training loss: +' in said
     assert report.elsewhere(full._replace(runs=runs)) == '', 'no other setting has runs'
     few = both._replace(runs=pd.concat([runs, apart[apart['seed'] < runs['seed'].min() + 3]]))
     assert report.elsewhere(few) == '', 'too few'

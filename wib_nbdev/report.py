@@ -227,7 +227,7 @@ def elsewhere(
               if not fields.items() <= main.items()}
     tables = {name: table for name, table in tables.items() if table['n'].max() >= MIN_PAIRS}
     for name, table in tables.items():
-        other = [f"{'it ' * (quantity != 'loss')}{clause}: {_changes(table, quantity)}"
+        other = [f"{'WIB-ReLU ' * (quantity != 'loss')}{clause}: {_changes(table, quantity)}"
                  for quantity, (clause, sign) in _clauses(table).items() if sign != here[quantity][1]]
         level = relu_accuracy(results, {**main, **SETTINGS[name]})
         if other: said.append(f"with {name}, where ReLU ends at {level}, {'; '.join(other)}")
