@@ -246,17 +246,17 @@ WHAT_IS_PROMISED = (
     Promise('outperforms ReLU', 'own rate', 'outperforms',
             'On both data sets the whole interval lies above 0.'),
     Promise('up to 20 % less loss', 'loss', 'loss',
-            'On both, the interval reaches -20 % and lies wholly below -2 %.'),
+            'On both, surely a gain (the whole interval below -2 %), and -20 % not excluded.'),
     Promise('5 % more accuracy', 'accuracy', 'accuracy',
-            'On both, the interval reaches +5 points (or +5 %) and lies wholly above +0.5 points.'),
+            'On both, surely a gain (the whole interval above +0.5 points), and +5 points, or +5 % '
+            'of ReLU’s accuracy, not excluded.'),
     Promise('fast convergence (no size given)', 'epochs', 'speed',
             'On both, the whole interval lies below 0.'),
     Promise('fast by the clock (our addition)', 'seconds', '',
             'On both, the whole interval lies below 0.'),
 )
-VERDICT_RULE = ('*In part*: the rule is met on one data set, or a promised size is not reached but a gain '
-                'lies wholly beyond 2 % (half a point). Else *does not hold*, if an interval excludes the '
-                'rule, or *undecided*.')
+VERDICT_RULE = ('*In part*: on one data set the rule is met, or there is surely a gain, but less than '
+                'promised. *Does not hold*: an interval excludes the rule. Else *undecided*.')
 TOO_SMALL = 'A change whose whole interval lies within 2 % (accuracy: half a point) counts as no change.'
 
 def _keeps(row: Any) -> tuple[Test, Test]:
@@ -317,8 +317,9 @@ def explain_mark(
     sign, words = _MARKS[_worst(verdicts)]
     found = verdicts.set_index('id')['verdict']
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
-    return (f'{sign} means {words}: at the last epoch, against the rival and in the setting that suit the '
-            f'paper best, “20 % decrease in loss value” {loss}, “5 % increase in accuracy score” {accuracy}.')
+    return (f'{sign} means {words}. It judges the two promises that have a size: at the last epoch, against '
+            'the rival and in the setting that suit the paper best, '
+            f'“20 % decrease in loss value” {loss}, “5 % increase in accuracy score” {accuracy}.')
 
 def marks_by(
     worlds:pd.DataFrame, # from `robustness`
