@@ -246,17 +246,17 @@ WHAT_IS_PROMISED = (
     Promise('outperforms ReLU', 'own rate', 'outperforms',
             'On both data sets the whole interval lies above 0.'),
     Promise('up to 20 % less loss', 'loss', 'loss',
-            'On both, surely a gain (the whole interval below -2 %), and -20 % not excluded.'),
+            'On both, clearly a gain (the whole interval below -2 %), and -20 % not excluded.'),
     Promise('5 % more accuracy', 'accuracy', 'accuracy',
-            'On both, surely a gain (the whole interval above +0.5 points), and +5 points, or +5 % '
+            'On both, clearly a gain (the whole interval above +0.5 points), and +5 points, or +5 % '
             'of ReLU’s accuracy, not excluded.'),
     Promise('fast convergence (no size given)', 'epochs', 'speed',
             'On both, the whole interval lies below 0.'),
     Promise('fast by the clock (our addition)', 'seconds', '',
             'On both, the whole interval lies below 0.'),
 )
-VERDICT_RULE = ('*In part*: on one data set the rule is met, or there is surely a gain, but less than '
-                'promised. *Does not hold*: an interval excludes the rule. Else *undecided*.')
+VERDICT_RULE = ('*In part*: on one data set the rule is met, or a gain is clear but smaller than '
+                'promised. *Does not hold*: an interval rules it out. Else *undecided*.')
 TOO_SMALL = 'A change whose whole interval lies within 2 % (accuracy: half a point) counts as no change.'
 
 def _keeps(row: Any) -> tuple[Test, Test]:

@@ -458,6 +458,7 @@ def effect_in_words(row:Any) -> str:
     "The effect and interval of a row of `compare_arms`: a loss in percent, an accuracy in points."
     unit, digits = ('%', 1) if kind_of(row.metric) == 'loss' else ('points', 2)
     mean, low, high = (f'{100 * end:+.{digits}f}' for end in (row.effect, row.effect_low, row.effect_high))
+    if float(mean) == 0: mean = mean[1:]  # no sign
     return f'{mean} {unit} ({low} to {high})' if math.isfinite(row.effect_low) else f'{mean} {unit}'
 
 def in_words(row:Any) -> str:
