@@ -131,7 +131,8 @@ def test_headline_without_enough_runs(full, sample):
 def test_what_another_setting_says_otherwise(full):
     "The same runs with ReLU's and WIB-ReLU's exchanged, as if made in another setting of the plan."
     main = report.main_setting(full)
-    name, fields = next(each for each in SETTINGS.items() if not each[1].items() <= main.items())
+    others = {name: fields for name, fields in SETTINGS.items() if not fields.items() <= main.items()}
+    (name, fields), (second, more) = others.items()
     pairs = select(full, **main, arm=['relu', 'wib_relu'])
     runs = pairs.runs.drop(columns='arm')
     apart = runs.assign(**fields, key='x' + runs['key'])
@@ -146,6 +147,11 @@ def test_what_another_setting_says_otherwise(full):
     assert f'In 1 of 1 other settings the answer differs: with {name}, where ReLU ends at ' in said
     assert 'CIFAR-10, WIB-ReLU needs more epochs than ReLU to reach the same training loss: +' in said
     assert report.elsewhere(full._replace(runs=runs)) == '', 'no other setting has runs'
+    third = apart.assign(**more, key='x' + apart['key'])
+    three = both._replace(runs=pd.concat([both.runs, third]),
+                          epochs=pd.concat([both.epochs, epochs.assign(key='x' + epochs['key'])]))
+    said = report.elsewhere(three)
+    assert said.startswith('In 2 of 2 ') and f'. With {second}, where ' in said
     few = both._replace(runs=pd.concat([runs, apart[apart['seed'] < runs['seed'].min() + 3]]))
     assert report.elsewhere(few) == '', 'too few'
 

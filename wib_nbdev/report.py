@@ -230,9 +230,9 @@ def elsewhere(
         other = [f"{'WIB-ReLU ' * (quantity != 'loss')}{clause}: {_changes(table, quantity)}"
                  for quantity, (clause, sign) in _clauses(table).items() if sign != here[quantity][1]]
         level = relu_accuracy(results, {**main, **SETTINGS[name]})
-        if other: said.append(f"with {name}, where ReLU ends at {level}, {'; '.join(other)}")
+        if other: said.append(f"{name}, where ReLU ends at {level}, {'; '.join(other)}")
     count = f'In {len(said)} of {len(tables)} other settings the answer differs'
-    return f"{count}: {'. '.join(said)}." if said else ''
+    return f"{count}: with {'. With '.join(said)}." if said else ''
 
 # %% ../nbs/lib/report.ipynb #1ba55432
 class Promise(NamedTuple):
@@ -315,7 +315,7 @@ def explain_mark(
 ) -> str:
     "What the mark means, in a sentence, and the two verdicts that it rests on."
     sign, words = _MARKS[_worst(verdicts)]
-    found = verdicts.set_index('id')['verdict']
+    found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
     return (f'{sign} means {words}. It judges the two promises that have a size: at the last epoch, against '
             'the rival and in the setting that suit the paper best, '
