@@ -219,20 +219,16 @@ def relu_accuracy(
 def elsewhere(
     results:Results, # from `sweep.load_results`
 ) -> str:
-    """What `headline` would say in the plan's other settings where it speaks more, or less, for WIB-ReLU
-    there; with the sizes. '' if it does so nowhere, or if these settings have too few runs."""
+    "What `headline` says in the plan's other settings where that is better, or worse, for WIB-ReLU."
     main, said = main_setting(results), []
     here = _clauses(against_relu(results))
-    tables = {name: against_relu(results, {**main, **fields}) for name, fields in SETTINGS.items()
-              if not fields.items() <= main.items()}
-    tables = {name: table for name, table in tables.items() if table['n'].max() >= MIN_PAIRS}
-    for name, table in tables.items():
-        other = [f"{'WIB-ReLU ' * (quantity != 'loss')}{clause}: {_changes(table, quantity)}"
-                 for quantity, (clause, sign) in _clauses(table).items() if sign != here[quantity][1]]
-        level = relu_accuracy(results, {**main, **SETTINGS[name]})
-        if other: said.append(f"{name}, where ReLU ends at {level}, {'; '.join(other)}")
-    count = f'In {len(said)} of {len(tables)} other settings the answer differs'
-    return f"{count}: with {'. With '.join(said)}." if said else ''
+    for name, fields in SETTINGS.items():
+        table = against_relu(results, {**main, **fields})
+        if not table['n'].max() >= MIN_PAIRS: continue
+        other = ['WIB-ReLU ' * (quantity != 'loss') + text
+                 for quantity, (text, sign) in _clauses(table).items() if sign != here[quantity][1]]
+        if other: said.append(f"With {name}, {' and '.join(other)}.")
+    return ' '.join(said)
 
 # %% ../nbs/lib/report.ipynb #1ba55432
 class Promise(NamedTuple):
