@@ -21,7 +21,7 @@ import pandas as pd
 from first_round import compare, first_round
 
 from wib_nbdev.claims import CLAIMS, judge, robustness
-from wib_nbdev.depth import DEPTH_TEXTS, merge_runs, run_depth_plan
+from wib_nbdev.depth import DEPTH_TEXTS, TRIAL_SEEDS, merge_runs, run_depth_plan, trial_plan
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
 
@@ -224,10 +224,15 @@ def main() -> None:
     if options.step in ('run', 'depth') and edited:
         sys.exit('wib_nbdev/ was edited: commit first, because runs record the commit that made them')
     if options.step == 'depth':
-        try: results = run_depth_plan(options.store.parent / 'depth', n_jobs=options.jobs, root=options.root)
+        how, store = dict(n_jobs=options.jobs, root=options.root), options.store.parent
+        try:
+            results = run_depth_plan(store / 'depth', **how)
+            tried = run_depth_plan(store / 'depth_trial', trial_plan(), TRIAL_SEEDS, **how)
         except SweepError as error: sys.exit(str(error))
-        check_provenance(set(results.runs['commit']), DEPTH_CRITERIA)
-        return merge_runs(results).to_parquet(PACKAGE / 'depth.parquet', index=False)
+        check_provenance({*results.runs['commit'], *tried.runs['commit']}, DEPTH_CRITERIA)
+        merge_runs(results).to_parquet(PACKAGE / 'depth.parquet', index=False)
+        merge_runs(tried).to_parquet(PACKAGE / 'depth_trial.parquet', index=False)
+        return results.epochs.to_parquet(PACKAGE / 'depth_epochs.parquet', index=False)
     if options.step == 'run':
         if (NEXT / 'runs.csv').exists():
             print(f'{restore_runs(NEXT, options.store)} merged runs put into {options.store}')
