@@ -13,6 +13,7 @@ __all__ = ['ELU_GAIN', 'SHRUNK_GAIN', 'DEPTH_ARMS', 'FACTORIALS', 'EQUAL', 'YARD
            'plot_depth_accuracy', 'figure_depth', 'plot_effect', 'decision_chart', 'trial_plan', 'judge_chart']
 
 # %% ../nbs/lib/depth.ipynb #c1fadbce
+import io
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from configparser import ConfigParser
@@ -177,10 +178,13 @@ def run_depth_plan(
 
 def load_runs(
     path:str | Path | None=None, # a file with a frame of `merge_runs`; the one inside the package if None
+    *,
+    trial:bool=False, # the runs of `trial_plan` in place of those of `depth_plan`
 ) -> pd.DataFrame:
     "The committed runs: what `merge_runs` made. `FileNotFoundError` as long as there are none."
-    file = Path(path or str(resources.files('wib_nbdev') / 'results' / 'depth.parquet'))
-    if file.exists(): return pd.read_parquet(file)
+    name = 'depth_trial.parquet' if trial else 'depth.parquet'
+    file = Path(path or str(resources.files('wib_nbdev') / 'results' / name))
+    if file.exists(): return pd.read_parquet(io.BytesIO(file.read_bytes()))  # pandas takes a:b for an address
     raise FileNotFoundError(f'{file.name}: the runs of the depth experiment are not there; run_depth_plan '
                             'makes them')
 
