@@ -44,7 +44,8 @@ def mend(cell: dict) -> dict:
     "A cell without what only Quarto understands: option comments in the code, rules in documentation."
     text = ''.join(cell['source'])
     cell.pop('has_sd', None)  # nbdev's mark of cells that it documents, unknown to the notebook format
-    if cell['cell_type'] != 'code': return {**cell, 'source': text}
+    if cell['cell_type'] != 'code':  # the pages of docs/ lie beside the chapters
+        return {**cell, 'source': text.replace('](../docs/', '](')}
     if re.search(r'^#\|\s*echo:\s*false', text, re.M):
         cell['metadata'] = {**cell.get('metadata', {}), 'tags': ['remove-input']}
     for output in cell.get('outputs', []):

@@ -1,4 +1,4 @@
-"""Digests of short runs, each activation on each data set: the weights after an epoch of the sample. As JSON.
+"""Digests of short runs (each activation and arm, each data set): weights after an epoch of the sample. JSON.
 
     python tests/digests.py        # in a process of its own: the instruction set is chosen before torch loads
 """
@@ -17,7 +17,16 @@ if __name__ == '__main__':  # not for what imports it
 import torch
 
 from wib_nbdev.config import Activation, TrainConfig
+from wib_nbdev.plan import ARMS
 from wib_nbdev.training import train
+
+_SHARED = dict(sample=True, epochs=1, device='cpu')
+CONFIGS = {name: TrainConfig(activation=name, **_SHARED) for name in get_args(Activation)}
+CONFIGS |= {f'arm {name}': TrainConfig(**fields, **_SHARED) for name, fields in ARMS.items()
+            if fields != {'activation': name}}
+CONFIGS |= {f'{name}, CIFAR-10': replace(config, dataset='cifar10') for name, config in CONFIGS.items()}
+CONFIGS['compensated, SGD, CIFAR-10'] = TrainConfig(dataset='cifar10', optimizer='sgd', lr=0.04,
+                                                    compensate_bias=True, **_SHARED)
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -34,11 +43,6 @@ def here() -> dict[str, str]:
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    shared = dict(sample=True, epochs=1, device='cpu')
-    configs = {name: TrainConfig(activation=name, **shared) for name in get_args(Activation)}
-    configs |= {f'{name}, CIFAR-10': replace(config, dataset='cifar10') for name, config in configs.items()}
-    configs['compensated, SGD, CIFAR-10'] = TrainConfig(dataset='cifar10', optimizer='sgd', lr=0.04,
-                                                        compensate_bias=True, **shared)
-    digests = {name: digest(train(config, progress=False).model) for name, config in configs.items()}
+    digests = {name: digest(train(config, progress=False).model) for name, config in CONFIGS.items()}
     json.dump({'made_with': here(), 'digests': digests}, sys.stdout, indent=1)
     print()

@@ -76,11 +76,27 @@ def test_other_runs_are_refused(commit, history):
 
 def test_the_readme_says_what_was_changed_since_the_criteria(current, history):
     import merge_results
-    text = merge_results.readme(current)
+    text = merge_results.readme(current, ['fig12'])
     assert 'was changed since: none; claims added since, so after some of the runs:\nnone.' in text
     for judges, what in merge_results.MENDED.items():
         assert f"{', '.join(judges)}: {what}" in text and {*judges} <= {each.id for each in CLAIMS}
+    assert 'number of worlds): fig12.' in text
     for commit in set(current.runs['commit']): assert f"| {merge_results.git('rev-parse', commit)} |" in text
+
+
+def test_what_the_judges_of_the_criteria_say_otherwise_is_named(monkeypatch):
+    import merge_results
+    now = pd.DataFrame({'id': [*'abcd'], 'verdict': 'holds', 'worlds': ['', 'in 1 of 2', 'in 1 of 2', ''],
+                        'value': [0.1, 0.2, 0.3, 0.4], 'low': np.nan, 'high': np.nan})
+    then = now.assign(verdict=['holds', 'undecided', 'holds', 'holds'], value=[0.1 + 1e-9, 0.2, 0.3, 0.41])
+    monkeypatch.setattr(merge_results, 'print_then', lambda code: then.drop(index=2).to_csv())
+    assert merge_results.judged_otherwise(now, ROOT) == ['b', 'c', 'd']
+
+
+@pytest.mark.slow
+def test_the_judges_of_the_criteria_say_the_same(folder, current, history):
+    import merge_results
+    assert merge_results.judged_otherwise(judge(current), folder) == []
 
 
 def test_the_verdicts_are_those_of_these_runs(folder, results):

@@ -315,7 +315,6 @@ def test_images_that_differ_widen_the_interval_and_images_alike_do_not():
     assert over_seeds <= width(alike) * (1 + 1e-12) < 1.2 * over_seeds and width(apart) > 1.5 * over_seeds
 
 
-
 @pytest.mark.parametrize('of_seeds, of_images', [(0, 0), (0.02, 0.3), (0, 0.5), (0.05, 0.05)])
 def test_the_interval_over_seeds_and_images_covers(of_seeds, of_images):
     "300 worlds with a gap of 0."
@@ -324,6 +323,20 @@ def test_the_interval_over_seeds_and_images_covers(of_seeds, of_images):
     worlds = [draw(of_seeds, 10, 1) + draw(of_images, 1, 300) + draw(0.4, 10, 300) for _ in range(300)]
     covered = np.mean([low <= 0 <= high for _, low, high in map(s.gap_interval, worlds)])
     assert 0.95 - 3 * math.sqrt(0.95 * 0.05 / 300) < covered < 0.99
+
+
+def test_a_bootstrap_of_seeds_and_images_counts_the_noise_three_times():
+    "Why `gap_interval` is none: 300 worlds of noise alone, with a gap of 0."
+    rng, variances, covered = np.random.default_rng(2), [], []
+    for _ in range(300):
+        gaps = rng.normal(0, 0.4, (10, 300))
+        seeds, images = (rng.multinomial(n, np.full(n, 1 / n), 200) / n for n in gaps.shape)  # weights
+        means = (seeds @ gaps * images).sum(axis=1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        variances.append(means.var())
+        covered.append(low <= 0 <= high)
+    assert 2.6 < np.mean(variances) / (0.4**2 / 3000) < 3  # 3 for many seeds
+    assert np.mean(covered) > 0.99
 
 
 def test_differences_over_seeds_and_images():

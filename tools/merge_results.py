@@ -8,6 +8,7 @@
 """
 import argparse
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from first_round import compare, first_round
 
 from wib_nbdev.claims import CLAIMS, judge, robustness
 from wib_nbdev.depth import DEPTH_TEXTS, TRIAL_SEEDS, merge_runs, run_depth_plan, trial_plan
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
+from wib_nbdev.report import as_markdown
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,8 @@ MENDED = {  # judges whose code has changed in meaning since that commit; the la
         'a comparison of fewer than eight pairs of finished runs is undecided, as in the other claims',
     ('mitigates', 'fig7_cifar', 'fig9_improves', 'fig10', 'fig10_gradient', 'fig11_swings', 'fig11_range',
      'corrects'): 'a comparison of fewer than two common seeds is undecided; one had counted as exact',
+    ('outperforms', 'optimal', 'several', 'equal_loss', 'fig12', 'fig13_train', 'fig13_valid', 'gain_fix'):
+        'equal means count as equal in the exact p of a difference of accuracies (a201391)',
     ('speed',): 'a setting of the grid at which a run diverged sets no target, as it is no best rate',
 }
 
@@ -62,18 +67,23 @@ def check_provenance(commits: set[str], criteria: str = CRITERIA) -> None:
                      "make these runs again, or leave them out; do not change the criteria's commit")
 
 
-@cache
-def texts_then() -> dict[str, dict[str, Any]]:
-    "The texts of the claims at the criteria's commit, by id, as the code of that commit reads them."
-    code = ('import json; from wib_nbdev.claims import CLAIMS\n'
-            f'texts = {{each.id: {{name: getattr(each, name) for name in {FIELDS}}} for each in CLAIMS}}\n'
-            'print(json.dumps(texts))')
+def print_then(code: str) -> str:
+    "What Python code prints with the package of the criteria's commit."
     with tempfile.TemporaryDirectory() as folder:
         archive = ['git', '-C', str(ROOT), 'archive', CRITERIA, 'wib_nbdev']
         files = subprocess.run(archive, capture_output=True, check=True).stdout
         subprocess.run(['tar', '-x', '-C', folder], input=files, check=True)
         ask = [sys.executable, '-c', code]
-        return json.loads(subprocess.run(ask, cwd=folder, capture_output=True, text=True, check=True).stdout)
+        return subprocess.run(ask, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def texts_then() -> dict[str, dict[str, Any]]:
+    "The texts of the claims at the criteria's commit, by id, as the code of that commit reads them."
+    return json.loads(print_then(
+        'import json; from wib_nbdev.claims import CLAIMS\n'
+        f'texts = {{each.id: {{name: getattr(each, name) for name in {FIELDS}}} for each in CLAIMS}}\n'
+        'print(json.dumps(texts))'))
 
 
 def texts_now() -> dict[str, dict[str, Any]]:
@@ -102,14 +112,20 @@ def changed_depth_claims() -> list[str]:
                   if sections[0].get(name) != sections[1].get(name))
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    flat = frame.reset_index()
-    rows = [list(flat.columns), ['---'] * flat.shape[1], *flat.to_numpy().tolist()]
-    return '\n'.join(f"| {' | '.join(map(str, row))} |" for row in rows)
+def judged_otherwise(verdicts: pd.DataFrame, folder: Path) -> list[str]:
+    "The claims of which the judges of the criteria's commit say something else, by the results in a folder."
+    judged = print_then('from wib_nbdev.claims import judge; from wib_nbdev.sweep import load_results\n'
+                        f'print(judge(load_results({str(folder)!r})).to_csv())')
+    then, now = pd.read_csv(io.StringIO(judged)).set_index('id'), verdicts.set_index('id')
+    then = then.reindex(now.index)
+    words, numbers = ['verdict', 'worlds'], ['value', 'low', 'high']
+    same = ((then[words].fillna('') == now[words].fillna('')).all(axis=1)
+            & np.isclose(then[numbers], now[numbers], rtol=1e-6, equal_nan=True).all(axis=1))
+    return list(now.index[~same])
 
 
-def readme(results: Results) -> str:
-    "What these files are, where they come from, and how to get them again."
+def readme(results: Results, otherwise: list[str]) -> str:
+    "What these files are, where they come from, and how to get them again; `judged_otherwise`."
     runs = with_arms(results).runs
     # In full: pandas reads seven digits, or digits and an e, as a number.
     runs['commit'] = runs['commit'].map({short: git('rev-parse', short) for short in set(runs['commit'])})
@@ -121,7 +137,7 @@ def readme(results: Results) -> str:
     files = sorted(path for path in PACKAGE.iterdir() if path.suffix in ('.csv', '.parquet'))
     table = pd.DataFrame([{'file': f'`{path.name}`', 'MB': f'{path.stat().st_size / 1e6:.2f}',
                            'SHA-256': f'`{hashlib.sha256(path.read_bytes()).hexdigest()}`'}
-                          for path in files]).set_index('file')
+                          for path in files])
     mended = '\n'.join(f"- {', '.join(judges)}: {what}" for judges, what in MENDED.items())
     return f'''<!-- Written by tools/merge_results.py: do not edit. -->
 # The full reproduction
@@ -136,20 +152,23 @@ was changed since: {', '.join(changed_claims()) or 'none'}; claims added since, 
 {', '.join(added_claims()) or 'none'}. Settings and claims were chosen after 513 earlier
 runs with other seeds had been seen; none of those is used here.
 
-Judges mended since, before the runs that they concern (no verdict on the runs merged by then changed):
+Judges mended since, some after the first runs that they concern:
 
 {mended}
 
+Claims of which the judges as they were at that commit say something else by these runs (another verdict,
+value, interval or number of worlds): {', '.join(otherwise) or 'none'}.
+
 ## Seeds of each arm
 
-{markdown(seeds[[arm for arm in ARMS if arm in seeds]])}
+{as_markdown(seeds[[arm for arm in ARMS if arm in seeds]].reset_index())}
 
 ## Beside the first round
 
 WIB-ReLU minus each rival with Adam 0.004, a setting of both rounds: last epoch, 95 % intervals over seeds.
 The first round is in the history of the repository (`tools/first_round.py`).
 
-{markdown(compare(first_round(), results))}
+{as_markdown(compare(first_round(), results).reset_index())}
 
 ## Where they were made
 
@@ -157,11 +176,11 @@ Every run was made in a worker process on one thread, with instructions limited 
 bits are the same on any x86-64 machine with these versions (`wib-nbdev verify` checks). `seconds` is a run's
 wall time while others ran on the machine: not a benchmark.
 
-{markdown(made)}
+{as_markdown(made.reset_index())}
 
 ## Files
 
-{markdown(table)}
+{as_markdown(table)}
 
 - `runs.csv`: a line per run: key, configuration, status, seconds, versions, SHA-256 of the weights after the
   first and the last epoch.
@@ -203,9 +222,10 @@ def publish() -> None:
 
 def write_verdicts(results: Results) -> None:
     "What the claims say of the results in the package, and its README."
-    judge(results).to_csv(PACKAGE / 'verdicts.csv', index=False)
+    verdicts = judge(results)
+    verdicts.to_csv(PACKAGE / 'verdicts.csv', index=False)
     robustness(results).to_csv(PACKAGE / 'robustness.csv', index=False)
-    (PACKAGE / 'README.md').write_text(readme(results))
+    (PACKAGE / 'README.md').write_text(readme(results, judged_otherwise(verdicts, PACKAGE)))
 
 
 def main() -> None:

@@ -51,7 +51,6 @@ def learning_curves(
     columns = ['epoch', 'split', 'loss', 'accuracy']
     return runs[['key', 'arm', 'dataset', 'seed']].merge(results.epochs[['key', *columns]], on='key')
 
-# %% ../nbs/07_comparison.ipynb #1c29bbac
 def plot_curves(
     frame:pd.DataFrame, # from `learning_curves`, one data set
     ax:Axes | None=None, # axes to draw on; new ones if None
