@@ -254,7 +254,6 @@ def test_too_few_pairs_are_not_judged(paper_world):
     verdicts = c.judge(few, claims=some('fig12', 'loss', 'default', 'smooth', 'several', 'speed'))
     assert set(verdicts['verdict']) == {'cannot be tested'}
     assert verdicts['why'].str.contains('3 pairs of seeds, 8 needed').all()
-    assert c.judge(few, min_pairs=3, claims=some('loss'))['verdict'].item() == 'holds'
 
 
 def test_a_missing_rival_is_named(paper_world):

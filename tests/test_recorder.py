@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from matplotlib import pyplot as plt
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from wib_nbdev.activations import ACTIVATIONS, WIBReLU, make_activation
 from wib_nbdev.models import plain_cnn
@@ -26,7 +25,6 @@ from wib_nbdev.recorder import (
     NEAR_ZERO,
     ActivationRecorder,
     activation_of,
-    dead_units,
     find_layers,
     interval_bounds,
     plot_histogram,
@@ -130,12 +128,11 @@ def test_an_inplace_activation_is_counted_before_it_runs():
 
 
 @pytest.mark.parametrize('shift', [torch.tensor(0.7), torch.linspace(0, 0.7, 8)], ids=['one', 'channels'])
-def test_folding_a_shift_changes_no_share_of_inactive_or_dead(shift):
+def test_folding_a_shift_changes_no_share_of_inactive_units(shift):
     folded, unit = FoldedWIBReLU(shift), WIBReLU(shift)
     z = torch.randn(50, 8, generator=seeded()) - torch.linspace(0, 3, 8)
     z[0] = 0 # exactly 0 is inactive
-    for look, column in ((record, 'inactive'), (dead_units, 'dead')):
-        assert look(folded, z - shift)[column].item() == look(unit, z)[column].item() > 0
+    assert record(folded, z - shift)['inactive'].item() == record(unit, z)['inactive'].item() > 0
 
 
 def test_an_input_that_is_passed_by_name_is_an_input():
@@ -145,7 +142,7 @@ def test_an_input_that_is_passed_by_name_is_an_input():
             self.act = nn.ReLU()
         def forward(self, x): return self.act(input=x)
     x = torch.tensor([[-1.0, 1, 2], [-1, -1, 2]])
-    assert record(Names(), x)['inactive'].item() == 0.5 and dead_units(Names(), x)['dead'].item() == 1 / 3
+    assert record(Names(), x)['inactive'].item() == 0.5
 
 
 def test_an_activation_shared_by_two_layers_counts_for_each_alone():
@@ -393,39 +390,6 @@ def test_a_step_that_is_not_reported_has_no_row():
             if i == 1: recorder.record_updates()
     assert list(recorder.updates_frame()['iteration'].unique()) == [1]
     assert (recorder.updates_frame()['update_std'] == 0).all()
-
-
-# Dead units
-
-def test_dead_units_over_batches_and_modes_left_alone():
-    first = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True))
-    model = nn.Sequential(*first, nn.Dropout(0.5), nn.Linear(8, 5), WIBReLU())
-    model[3].eval()
-    nn.init.constant_(model[1].weight, 0.0)
-    model[1].bias.data = torch.tensor([-1., -1, 1, 1, 1, 1, 1, 0]) # exactly 0 is inactive too
-    state, x = copy.deepcopy(model.state_dict()), torch.randn(50, 4, generator=seeded())
-    frame = dead_units(model, x.split(7))
-    assert list(frame['layer']) == ['2', '5'] and list(frame['n_units']) == [8, 5]
-    assert frame['dead'][0] == 3 / 8
-    for batches in (x, DataLoader(TensorDataset(x, torch.arange(50)), batch_size=13)):
-        pd.testing.assert_frame_equal(frame, dead_units(model, batches))
-    assert model[1].training and not model[3].training and not hooks_of(model)
-    for name, value in model.state_dict().items(): assert torch.equal(value, state[name])
-    with pytest.raises(ValueError, match="'0' has no activation"): dead_units(model, x, ['0'])
-    with pytest.raises(ValueError, match='at least one input'): dead_units(model, [])
-    assert not hooks_of(model)
-
-
-def test_a_unit_that_one_place_of_one_image_wakes_is_not_dead():
-    model, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), torch.zeros(10, 1, 3, 3)
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([1., -1]).view(2, 1, 1, 1))
-        model[0].bias.fill_(-1)
-    assert dead_units(model, x)['dead'].item() == 1
-    x[9, 0, 2, 2] = 2
-    assert dead_units(model, x.split(3))['dead'].item() == 0.5
-    tokens = nn.Sequential(nn.Linear(4, 8), nn.GELU())
-    assert dead_units(tokens, torch.randn(2, 5, 4), unit_dim=-1)['n_units'].item() == 8
 
 
 # Errors, plots, elsewhere

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 
 from wib_nbdev import statistics as s
 from wib_nbdev.plan import PAPER_ARMS, RIVALS, arm_grid
@@ -91,18 +90,6 @@ def test_sign_flip_p_counts_ties_of_accuracies():
         sums = np.array([signs @ steps for signs in itertools.product([1, -1], repeat=9)])
         right = 0.6 + np.arange(9) / 1e4, 0.6 + (np.arange(9) + steps) / 1e4
         assert s.sign_flip_p(right[1] - right[0]) == np.mean(abs(sums) >= abs(steps.sum()))
-
-
-@pytest.mark.parametrize('effect', [0.5, 1.0, 2.0])
-def test_seeds_needed_are_just_enough(effect):
-    x = np.array([-1.0, 1.0, 0.0])
-    n, power = s.seeds_needed(x / x.std(ddof=1) + effect), TTestPower().power
-    assert power(effect, n, 0.05) >= 0.8 > power(effect, n - 1, 0.05)
-
-
-def test_seeds_needed_at_the_ends():
-    assert s.seeds_needed([1.0, -1.0]) == math.inf and s.seeds_needed([5.0, 5.0]) == 2
-    assert math.isnan(s.seeds_needed([1.0]))
 
 
 @settings(max_examples=12)  # statsmodels' own is slow: it calls the garbage collector

@@ -6,8 +6,8 @@
 __all__ = ['VERDICTS', 'THEMES', 'DATASETS', 'CONVOLUTIONS', 'READINGS', 'NEAR', 'Test', 'VARIES', 'TEXTS', 'CLAIMS', 'NOTHING',
            'PROMISES', 'JUDGED', 'WORLD', 'THRESHOLDS', 'Judgement', 'MissingRuns', 'exactly', 'above', 'below',
            'within', 'near', 'opposite', 'at_least', 'every', 'some', 'grade', 'decide', 'best_of', 'without_records',
-           'Evidence', 'effect_of', 'intervals', 'paired_interval', 'ratio', 'largest_fall', 'Claim', 'robustness',
-           'judge', 'committed_verdicts']
+           'Evidence', 'effect_of', 'intervals', 'paired_interval', 'ratio', 'Claim', 'robustness', 'judge',
+           'committed_verdicts']
 
 # %% ../nbs/lib/claims.ipynb #92c50609
 import math
@@ -172,7 +172,6 @@ class Evidence:
     "Results, and the choices by which they are judged. Methods raise `MissingRuns` if runs are missing."
     results: Results
     setting: Mapping[str, Any] = field(default_factory=lambda: MAIN)  # the runs that count have these fields
-    min_pairs: int = MIN_PAIRS
     wib: str = 'wib_relu'  # the arm that is taken for WIB-ReLU
     at: str = 'last'  # the epoch at which arms are compared: the 'last', or each metric's own 'best' one
     threshold: float = 1.0  # a factor on the thresholds, an exponent of those that are ratios
@@ -216,18 +215,18 @@ class Evidence:
         self, metrics: tuple[str, ...], rivals: tuple[str, ...] = RIVALS, arm: str = '',
         datasets: tuple[str, ...] = DATASETS,
     ) -> list[Any]:
-        "The comparisons of WIB-ReLU, or of another arm. Each rival needs `min_pairs` pairs on each data set."
+        "The comparisons of WIB-ReLU, or of another arm. Each rival needs `MIN_PAIRS` pairs on each data set."
         arm, found = arm or self.wib, []
         for dataset in datasets:
             rows = [row for row in self._compared(arm, rivals, self.at)
                     if row.dataset == dataset and row.metric in metrics]
-            found += _enough(rows, self.min_pairs, f'{arm} and {{}} on {dataset}', rivals)
+            found += _enough(rows, MIN_PAIRS, f'{arm} and {{}} on {dataset}', rivals)
         return found
 
     def better(self, row: Any, beyond: bool = False) -> Test:
         """Whether the arm of a row is better: by its interval and by Holm's p below 0.05, or beyond the ROPE.
         False if it is worse or the same in practice. Undecided (None) with too few finished pairs."""
-        if row.n < self.min_pairs: return None
+        if row.n < MIN_PAIRS: return None
         rope, is_loss = self.threshold * ROPE[kind_of(row.metric)], kind_of(row.metric) == 'loss'
         if beyond: return below(effect_of(row), -rope) if is_loss else above(effect_of(row), rope)
         found = (below if is_loss else above)(effect_of(row), 0, rope)
@@ -258,7 +257,7 @@ class Evidence:
     def at_best(self, dataset: str) -> list[Any]:
         "Comparisons of validation accuracy with each arm at its own best setting."
         rows = self._compared_at_best_rates(dataset, self.wib, self.at)
-        return _enough(rows, self.min_pairs, f'runs on {dataset} with each arm at its own best rate', RIVALS)
+        return _enough(rows, MIN_PAIRS, f'runs on {dataset} with each arm at its own best rate', RIVALS)
 
     @_cached
     def roughness(self) -> dict[tuple[str, str, str], pd.Series]:
@@ -289,7 +288,7 @@ class Evidence:
     # Speed
 
     def speed(self, rivals: tuple[str, ...]) -> list[Any]:
-        "Rows of `speed_differences` in the setting, of which each rival needs `min_pairs` pairs."
+        "Rows of `speed_differences` in the setting, of which each rival needs `MIN_PAIRS` pairs."
         self.rows(('train loss',), rivals)
         return self._speed(self.wib, rivals)
 
@@ -369,8 +368,9 @@ class Evidence:
         "By seed: the largest fall of a convolution's statistic, as a share of its highest value so far."
         self.averages(arm, dataset, column, first, last, 10)
         tracks = self.tracks(arm, dataset, column)
-        return pd.Series({seed: max(map(largest_fall, track.loc[first:last, CONVOLUTIONS].to_numpy().T))
-                          for seed, track in tracks.items()})
+        parts = {seed: track.loc[first:last, CONVOLUTIONS] for seed, track in tracks.items()}
+        return pd.Series({seed: (1 - part / part.cummax()).fillna(0).max(axis=None)
+                          for seed, part in parts.items()})
 
     def averages_on_both(self, arm: str, column: str, *span: float) -> list[pd.DataFrame]:
         "The `averages` on each data set."
@@ -407,15 +407,6 @@ def ratio(
 ) -> Interval:
     "The geometric mean of ours / theirs, seed by seed, with its interval."
     return Interval(*(math.exp(end) for end in paired_interval(np.log(ours) - np.log(theirs))))
-
-def largest_fall(
-    values:Any, # (n,) one statistic over time, not negative
-) -> float:
-    """The largest fall of a series, as a share of its highest value so far: 0 if it never falls, near 1 if
-    it collapses."""
-    x = np.asarray(values, dtype=float)
-    highest = np.maximum.accumulate(x)
-    return float(np.max(np.where(highest > 0, 1 - x / np.where(highest > 0, highest, 1), 0)))
 
 # %% ../nbs/lib/claims.ipynb #bd9909b4
 @dataclass(frozen=True)
@@ -537,7 +528,7 @@ def judge_influence(evidence:Evidence) -> Judgement:
     both = [row for arm, rivals in compared for row in evidence.rows(('valid accuracy',), rivals, arm)]
     margin = evidence.threshold * ROPE['accuracy']
     def differ(row: Any) -> Test:
-        return opposite(within(effect_of(row), -margin, margin)) if row.n >= evidence.min_pairs else None
+        return opposite(within(effect_of(row), -margin, margin)) if row.n >= MIN_PAIRS else None
     rows = rows_by_dataset(both)
     why = by_dataset('; '.join(f'{label(row.arm)} {by_rival([row])}' for row in each) for each in rows)
     tests = [some(map(differ, each)) for each in rows]
@@ -561,7 +552,7 @@ def roughness(evidence:Evidence, arm:str, rival:str, test:Callable[..., Test]) -
              for split, dataset in product(('train', 'valid'), DATASETS)}
     found = {name: ratio(*each) for name, each in sides.items()}
     pairs = {name: ours.index.intersection(theirs.index).size for name, (ours, theirs) in sides.items()}
-    tests = [test(x, 1, margin) if pairs[name] >= evidence.min_pairs else None for name, x in found.items()]
+    tests = [test(x, 1, margin) if pairs[name] >= MIN_PAIRS else None for name, x in found.items()]
     words = [by_dataset(spell(found[split, dataset], 3) for dataset in DATASETS)
              for split in ('train', 'valid')]
     why = (f'roughness, {label(arm)} over {label(rival)}: of the training loss {words[0]}; '
@@ -587,7 +578,7 @@ def judge_outperforms(evidence:Evidence) -> Judgement:
 def reaches_claim(evidence:Evidence, row:Any) -> Test:
     """Whether an effect is as large as claimed: True if the interval reaches the size and lies beyond the
     ROPE; False if it excludes the size; else None."""
-    if row.n < evidence.min_pairs: return None
+    if row.n < MIN_PAIRS: return None
     size = evidence.threshold * CLAIMED[kind_of(row.metric)]
     if kind_of(row.metric) == 'loss': reaches = row.effect_low <= size
     else: reaches = max(row.effect_high, row.ratio_high - 1) >= size
@@ -596,7 +587,7 @@ def reaches_claim(evidence:Evidence, row:Any) -> Test:
 def largest_effect(evidence:Evidence, metric:str, sign:int) -> Judgement:
     "Judges the most favourable rival on each data set by the claimed size."
     rows = evidence.rows((metric,))
-    best = [max(each, key=lambda row: (row.n >= evidence.min_pairs, sign * row.effect))
+    best = [max(each, key=lambda row: (row.n >= MIN_PAIRS, sign * row.effect))
             for each in rows_by_dataset(rows)]
     words = by_dataset(f'{effect_and_losses(row)} against {label(row.rival)}' for row in best)
     top = max(best, key=lambda row: sign * row.effect)
@@ -800,20 +791,20 @@ def judge_speed(evidence:Evidence) -> Judgement:
     "Section 4: does WIB-ReLU reach a training loss in fewer epochs than each rival?"
     there, own = evidence.speed(RIVALS), evidence.own_speed(evidence.wib)
     tests = [every(is_faster(evidence, row, fewest) for row in each)
-             for rows, fewest in ((there, evidence.min_pairs), (own, 3)) for each in rows_by_dataset(rows)]
+             for rows, fewest in ((there, MIN_PAIRS), (own, 3)) for each in rows_by_dataset(rows)]
     relu = [row for row in there if row.rival == 'relu']
     why = (f'in one setting, {by_rows(epochs_in_words, there)}; each at its own fastest rate, '
            f'{by_rows(epochs_in_words, own)}')
     mine = [max(row.n for row in each) for each in rows_by_dataset(there)]
     return decide(Interval(relu[0].ratio, relu[0].low, relu[0].high), why, *tests,
-                  part=every(is_faster(evidence, row, evidence.min_pairs) for row in relu),
+                  part=every(is_faster(evidence, row, MIN_PAIRS) for row in relu),
                   n=sum(row.n for row in there) + sum(mine))
 
 def judge_convergence(evidence:Evidence) -> Judgement:
     "Section 4: is it the centred activations that speed up training, or the biases?"
     rows = sorted(evidence.speed(('relu', 'relu_compensated')), key=lambda row: row.rival == 'relu')
     control = [row for row in rows if row.rival != 'relu']
-    tests, first = [is_faster(evidence, row, evidence.min_pairs) for row in control], control[0]
+    tests, first = [is_faster(evidence, row, MIN_PAIRS) for row in control], control[0]
     return decide(Interval(first.ratio, first.low, first.high), by_rows(epochs_in_words, rows), *tests,
                   n=sum(row.n for row in [*rows, *control]))
 
@@ -1153,7 +1144,7 @@ def judge_fig13_elu(evidence:Evidence) -> Judgement:
     loss, accuracy = map(effect_of, rows)
     margins = {name: evidence.threshold * margin for name, margin in ROPE.items()}
     tests: list[Test] = [above(loss, 0, margins['loss']), below(accuracy, 0, margins['accuracy'])]
-    if rows[0].n < evidence.min_pairs: tests = [None, None]
+    if rows[0].n < MIN_PAIRS: tests = [None, None]
     why = 'against ELU, training loss {} and training accuracy {}'.format(*map(effect_and_losses, rows))
     return decide(loss, why, *tests, n=count_runs(rows))
 
@@ -1254,14 +1245,13 @@ def robustness(
     results:Results=NOTHING, # from `sweep.load_results`
     setting:Mapping[str, Any] | None=None, # as in `judge`
     *,
-    min_pairs:int=MIN_PAIRS, # pairs of seeds that a comparison needs
     claims:Sequence[Claim] | None=None, # which; `CLAIMS` if None
 ) -> pd.DataFrame:
     """A row per claim and world with runs: threshold (a factor), reading (of Eq. 8), at (the epoch),
     setting, near_zero (definition), None for a choice that the claim does not depend on, and the verdict
     there."""
     settings = _settings(setting)
-    base = Evidence(results, next(iter(settings.values())), min_pairs)
+    base = Evidence(results, next(iter(settings.values())))
     rows = [dict(claim=each.id, **world, verdict=found.verdict)
             for each in (CLAIMS if claims is None else claims)
             for world, found in _worlds(each, base, settings) if isinstance(found, Judgement)]
@@ -1273,7 +1263,6 @@ def judge(
     *,
     wib:str='wib_relu',
     at:str='last',
-    min_pairs:int=MIN_PAIRS,
     claims:Sequence[Claim] | None=None,
 ) -> pd.DataFrame:
     """Judge the paper's claims by a set of runs.
@@ -1289,8 +1278,6 @@ def judge(
         The arm that is taken for WIB-ReLU, one of `READINGS`.
     at : {'last', 'best'}
         The epoch at which arms are compared: the last, or each metric's own best one.
-    min_pairs : int
-        Pairs of seeds that a comparison needs.
     claims : sequence of Claim, optional
         Which; `CLAIMS` if None.
 
@@ -1313,7 +1300,7 @@ def judge(
     'holds'
     """
     settings, rows = _settings(setting), []
-    base = Evidence(results, next(iter(settings.values())), min_pairs, wib, at)
+    base = Evidence(results, next(iter(settings.values())), wib, at)
     usual = dict(threshold=base.threshold, reading=wib, at=at, near_zero=base.near_zero)
     for each in CLAIMS if claims is None else claims:
         found = list(_worlds(each, base, settings))

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEAR_ZERO', 'FIGURE_NEAR_ZERO', 'ACTIVATION_TYPES', 'LAYER_COLOURS', 'interval_bounds', 'NearZero', 'activation_of',
-           'find_layers', 'ActivationRecorder', 'plot_layer_stats', 'plot_near_zero', 'plot_histogram', 'dead_units']
+           'find_layers', 'ActivationRecorder', 'plot_layer_stats', 'plot_near_zero', 'plot_histogram']
 
 # %% ../nbs/lib/recorder.ipynb #7a1c9a94
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -393,34 +392,3 @@ def plot_histogram(
     mesh = ax.pcolormesh(frame.index, frame.columns, shares, norm=scale, cmap='magma', shading='nearest')
     ax.figure.colorbar(mesh, ax=ax, label='share of values in the bin')
     return ax
-
-# %% ../nbs/lib/recorder.ipynb #1d9524e9
-@torch.no_grad()
-def dead_units(
-    model:nn.Module, # any; its modes and weights are left as they were
-    batches:Tensor | Iterable[Any], # inputs (n, ...), or batches of them; from (inputs, labels), the inputs
-    layers:Sequence[str] | None=None, # names of layers with an activation; None: all of them
-    *,
-    unit_dim:int=1, # where units lie: 1 for (batch, channels, ...), -1 for (batch, tokens, features)
-) -> pd.DataFrame:
-    """layer, n_units, dead: the share of units whose pre-activation is never above 0, over all inputs and
-    positions, in evaluation mode. `ValueError` for a layer without an activation, or for no input."""
-    found = {name: activation_of(layer) for name, layer in find_layers(model, layers).items()}
-    dead: dict[str, Tensor] = {}
-    def look(name: str, module: Any, args: Any, kwargs: Any) -> None:
-        x = [*args, *kwargs.values()][0]
-        off = module.inactive(x) if hasattr(module, 'inactive') else x <= 0
-        never_on = off.movedim(unit_dim, 0).flatten(1).all(1)
-        dead[name] = dead.get(name, never_on) & never_on
-    with ExitStack() as stack:
-        for name, act in found.items():
-            if act is None and layers: raise ValueError(f'layers: {name!r} has no activation at its end')
-            if act is None: continue
-            stack.callback(act.register_forward_pre_hook(partial(look, name), with_kwargs=True).remove)
-        for module in model.modules(): stack.callback(setattr, module, 'training', module.training)
-        model.eval()
-        for batch in batches.split(512) if isinstance(batches, Tensor) else batches:
-            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    if not dead: raise ValueError('batches: must hold at least one input that reaches an activation')
-    rows = [(name, len(units), units.double().mean().item()) for name, units in dead.items()]
-    return pd.DataFrame(rows, columns=['layer', 'n_units', 'dead'])

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'PUBLISHED', 'CLAIMED', 'ROPE', 'MIN_PAIRS', 'LEVEL', 'COVERS', 'kind_of', 'select', 'check_one_run_each',
-           'run_values', 'pivot', 'Interval', 't_interval', 'sign_flip_p', 'seeds_needed', 'verdict', 'rope_posterior',
-           'compare_pairs', 'holm', 'compare_arms', 'paired_differences', 'final_table', 'at_settings', 'common_loss',
-           'epochs_to_loss', 'fastest_settings', 'without_diverged', 'committed_pace', 'speed_differences',
-           'at_equal_loss', 'gap_interval', 'seeds_and_images', 'probability_in_words', 'effect_in_words', 'in_words']
+           'run_values', 'pivot', 'Interval', 't_interval', 'sign_flip_p', 'verdict', 'rope_posterior', 'compare_pairs',
+           'holm', 'compare_arms', 'paired_differences', 'final_table', 'at_settings', 'common_loss', 'epochs_to_loss',
+           'fastest_settings', 'without_diverged', 'committed_pace', 'speed_differences', 'at_equal_loss',
+           'gap_interval', 'seeds_and_images', 'probability_in_words', 'effect_in_words', 'in_words']
 
 # %% ../nbs/lib/statistics.ipynb #d344184e
-import bisect
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -139,21 +138,6 @@ def sign_flip_p(
     test = stats.permutation_test((x, np.zeros_like(x)), mean_difference, permutation_type='samples',
                                   vectorized=True, n_resamples=2**14, rng=0)
     return float(test.pvalue)
-
-def seeds_needed(
-    differences:Any, # (n,) one a seed
-    power:float=0.8, # the chance to see the difference
-) -> float:
-    "Seeds that a paired t test needs to see the observed mean; infinite for a mean of 0, NaN for one value."
-    x = np.asarray(differences, dtype=float)
-    if len(x) < 2: return math.nan
-    effect = min(abs(x.mean()) / max(x.std(ddof=1), 1e-300), 1e3)
-    if effect < 1e-4: return math.inf  # a hundred million seeds and more
-    # The power, at a level of 0.05, by noncentral F: scipy's noncentral t is NaN at some large effects.
-    has_power = lambda n: stats.ncf.sf(stats.f.isf(0.05, 1, n - 1), 1, n - 1, n * effect**2) >= power
-    enough = 2
-    while not has_power(enough): enough *= 2
-    return float(bisect.bisect_left(range(enough), True, lo=2, key=has_power))
 
 # %% ../nbs/lib/statistics.ipynb #eaa69d23
 def verdict(
