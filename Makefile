@@ -17,9 +17,9 @@ DEV := .venv/.dev-$(DIGEST)
 DOCS := .venv/.docs-$(DIGEST)
 BENCH := .venv/.bench-$(DIGEST)
 PINNED := .venv/.pinned-$(DIGEST)
-# An environment whose Python does not start (a moved clone, a Python that was removed) is made anew.
+# An environment that was made at another path (the clone was moved or copied), or whose Python does not start, is made anew.
 ifneq ($(wildcard .venv/.made),)
-ifneq ($(shell $(BIN)/python -c 'print("starts")' 2>/dev/null),starts)
+ifneq ($(shell cat .venv/.made; $(BIN)/python -c 'print("starts")' 2>/dev/null),$(realpath .venv) starts)
 $(shell rm -f .venv/.made .venv/.library-* .venv/.dev-* .venv/.docs-* .venv/.bench-* .venv/.pinned-*)
 endif
 endif
@@ -76,7 +76,7 @@ clean:  ## remove what the other targets made, but not data and runs
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 		echo "make: this Python has no venv: install it (Debian, Ubuntu: apt install python3-venv), or name another with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv --clear .venv
-	@touch $@
+	@cd .venv && pwd -P > .made
 
 pip = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 define install

@@ -79,7 +79,7 @@ def installed(built, tmp_path_factory) -> Path:
     Installing torch anew for some tests would take gigabytes, so a .pth file points here. A plain path line
     adds the folder but does not run its own .pth files, so the editable checkout stays out of reach.
     """
-    environment = tmp_path_factory.mktemp('installed')
+    environment = tmp_path_factory.mktemp('an environment')
     subprocess.run([sys.executable, '-m', 'venv', environment], check=True)
     python = environment / 'bin' / 'python'
     install = [python, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', next(built.glob('*.whl'))]

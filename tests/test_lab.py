@@ -1,5 +1,6 @@
 """`make lab`, as one uses it: JupyterLab opens on the first notebook in a real browser, which restarts the
-kernel and runs every cell."""
+kernel and runs every cell. `make test` has run the front page's cells in `test_notebooks` already; that it is
+run again is to see it opened as a reader opens it: the folder, the kernel and the browser."""
 import json
 import os
 import shutil

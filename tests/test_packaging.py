@@ -1,5 +1,6 @@
 """The wheel and the sdist: what they hold, and that they install and import where the checkout is not."""
 import os
+import re
 import subprocess
 import tarfile
 import zipfile
@@ -47,14 +48,15 @@ def test_metadata(built):
 
 
 def test_installs_and_imports_away_from_the_checkout(installed, tmp_path):
-    """The wheel alone in an environment of its own: the bare package and each module import there,
-    not from the checkout."""
-    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    """The wheel alone in an environment of its own, at a path with a space: the bare package and each module
+    import there, not from the checkout, and the command line finds its results and templates."""
+    env = {name: value for name, value in os.environ.items() if name not in ('PYTHONPATH', 'WIB_RESULTS')}
 
-    def run(code: str) -> str:
-        words = [installed, '-c', code]
+    def call(*words: str | Path) -> str:
         end = subprocess.run(words, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
         return end.stdout.strip()
+
+    def run(code: str) -> str: return call(installed, '-c', code)
 
     environment = str(installed.parents[1])
     assert environment in run('import wib_nbdev; print(wib_nbdev.__file__)')
@@ -63,3 +65,7 @@ def test_installs_and_imports_away_from_the_checkout(installed, tmp_path):
     assert run(f'{imports}; import wib_nbdev.style as s; print(s.__file__)').startswith(environment)
     code = 'from wib_nbdev.data import load; print(len(load("cifar10", sample=True).x_train) > 0)'
     assert run(code) == 'True'
+    command = installed.with_name('wib-nbdev')
+    assert re.search(r'^\d+ claims: ', call(command, 'claims'), re.M)
+    assert call(command, 'report', '--out', 'x.html') == 'x.html'
+    assert (tmp_path / 'x.html').read_text().rstrip().endswith('</html>')

@@ -4,6 +4,7 @@ import doctest
 import io
 import math
 import pickle
+import types
 import warnings
 from collections import UserDict
 from functools import partial, wraps
@@ -68,10 +69,11 @@ class Net(nn.Module):
 # Swapping: a forward is Python, and Python it stays
 
 class Spelled(Net):
-    units = 5 + 8
+    units = 5 + 10
     def forward(self, x):
         y = torch.relu(self.a(x)) + nnf.relu(input=x) + x.relu() + rectify(x)
         y = y + nn.functional.relu(x.clone(), True)
+        y = y + torch.ops.aten.relu(x) + torch.ops.aten.relu_.default(x.clone())
         return y + torch.relu_(x.clone()) + nnf.relu_(x.clone()) + (  # over lines
             x.clone().relu_()
         )
@@ -400,6 +402,20 @@ class Recurrent(Left):
 class Special(nn.ReLU): pass
 
 
+tools = types.ModuleType('tools')
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # TorchScript is deprecated
+    @torch.jit.script
+    def scripted_relu(x): return nnf.relu(x)
+    @torch.jit.script
+    def scripted_double(x): return 2 * x
+tools.rectify = scripted_relu
+
+
+class Scripted(Left):
+    def run(self, x): return scripted_relu(x) + tools.rectify(scripted_double(x))
+
+
 class Wraps(Left):
     def run(self, x): return self.inner(x)
 
@@ -456,6 +472,15 @@ def test_what_is_left_is_a_row_with_a_reason_and_a_line(make, reason, source):
     assert len(left) and (left['advice'] != '').all() and (left['mean'] > 0).all()
     assert (left['inactive'].isna() == (left['type'] == 'rnn_relu')).all()  # a fused kernel hides them
     assert swapped['swapped'].any()
+
+
+def test_a_relu_in_torchscript_is_a_row_of_the_swap():
+    "Called by its own name, or as an attribute of a Python module."
+    report = swap_activations(Scripted())
+    left = report[~report['swapped']]
+    assert sorted(left['old']) == ['scripted_relu', 'tools.rectify'] and len(report) == 3
+    assert left['note'].str.contains('is TorchScript').all()
+    assert left['source'].str.contains(r', line \d+: (?:scripted_relu|tools\.rectify)\(').all()
 
 
 def test_where_nothing_can_be_swapped_the_error_says_why_and_the_model_stays():

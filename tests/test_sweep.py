@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,10 +167,29 @@ def test_a_killed_driver_leaves_a_whole_store_and_no_worker(start, tmp_path, und
     process.kill()  # the driver alone
     process.wait()
     assert workers and wait_for(lambda: gone(workers), DEADLINE)
-    left, foreign = store / f'.half.parquet.1{sweep._TEMPORARY}', store / 'thesis.docx.tmp'
+    left, foreign = store / f'.half.parquet.1{sweep._TEMPORARY}', store / '~budget.tmp'
     for path in (left, foreign): path.write_bytes(b'half')
     assert_same(run(CONFIGS, store), undisturbed)
     assert foreign.exists() and not left.exists()
+
+
+@pytest.mark.slow
+def test_a_driver_and_its_workers_killed_twenty_times(start, tmp_path, undisturbed):
+    "At any moment: what is in the store stays whole, and the next sweep makes the rest."
+    store, chance, seen, pace = tmp_path / 'store', random.Random(0), set(), 0.0
+    for turn in range(20):
+        begun, process = time.monotonic(), start(store)
+        if turn: time.sleep(pace * chance.uniform(0.1, 1.1))
+        else:  # how long a driver takes to its first run
+            wait_for(lambda: runs_in(store), DEADLINE)
+            pace = time.monotonic() - begun
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        there = set(sweep.load_results(store).runs['key'])
+        assert there >= seen
+        seen = there
+    assert_same(run(CONFIGS, store), undisturbed)
+    assert not list(store.glob(f'.*{sweep._TEMPORARY}'))
 
 
 @linux
@@ -281,9 +301,9 @@ def test_a_folder_is_what_its_name_says(tmp_path, monkeypatch):
     "The user's own folder, with files of the user's; a name that looks like an address; no name at all."
     monkeypatch.chdir(tmp_path)
     Path('mine.parquet').write_bytes(b'of the user')
-    for out in ('.', 'lr:0.01'):
+    for out in ('.', 's3:runs'):
         assert len(run(CONFIGS[:1], out).runs) == len(sweep.load_results(out).runs) == 1
-    assert Path('mine.parquet').read_bytes() == b'of the user' and len(runs_in(Path('lr:0.01'))) == 1
+    assert Path('mine.parquet').read_bytes() == b'of the user' and len(runs_in(Path('s3:runs'))) == 1
     with pytest.raises(ValueError, match="out='': must name a folder"): run(CONFIGS[:1], '')
     with pytest.raises(FileNotFoundError, match='holds no runs: name another folder, or run a sweep'):
         sweep.load_results(tmp_path / 'nothing')
@@ -304,6 +324,24 @@ def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, number, remedy):
     monkeypatch.setattr(fcntl, 'flock', refuse)
     with pytest.raises(sweep.SweepError, match=f'{tmp_path}: {os.strerror(number)}; .*{remedy}'):
         run(CONFIGS[:1], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_full_disk(tmp_path, undisturbed):
+    "A disk of 64 KiB, in a mount namespace of the driver's own: what was finished is whole."
+    if not shutil.which('unshare') or subprocess.run(['unshare', '-rm', 'true']).returncode:
+        pytest.skip('only root, or a system that lets users make namespaces, can mount such a disk')
+    store, kept = tmp_path / 'store', tmp_path / 'kept'
+    for folder in (store, kept): folder.mkdir()
+    (tmp_path / 'driver.py').write_text(DRIVER)
+    script = f"""mount -t tmpfs -o size=64k tmpfs {store}
+        {sys.executable} {tmp_path}/driver.py {store}; code=$?
+        cp {store}/* {kept}; ls -A {store}; exit $code"""
+    end = subprocess.run(['unshare', '-rm', 'sh', '-c', script], capture_output=True, text=True)
+    assert end.returncode == 1 and sweep._TEMPORARY not in end.stdout
+    assert 'No space left on device; free some space, then run' in end.stderr
+    assert 0 < len(sweep.load_results(kept).runs) < len(CONFIGS)
+    assert_same(run(CONFIGS, kept), undisturbed)
 
 
 def test_a_full_disk(one_run, tmp_path, monkeypatch):

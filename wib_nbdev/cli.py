@@ -7,6 +7,7 @@ __all__ = ['COMMANDS', 'DESCRIPTION', 'Train', 'Workers', 'Sweep', 'Reproduce', 
            'main']
 
 # %% ../nbs/lib/cli.ipynb #252b454b
+import errno
 import inspect
 import io
 import itertools
@@ -154,9 +155,10 @@ class Sweep:
 def _now() -> str: return f'{datetime.now():%Y-%m-%d %H:%M}'
 
 def _print_verdicts(verdicts: Any) -> None:
-    "Prints one line per claim."
-    for row in verdicts.itertuples():
-        print(f"{row.id:18} {row.verdict:17} {textwrap.shorten(row.why, 110, placeholder=' …')}")
+    "Prints one line per claim; in how many worlds the verdict is the same is empty where none was judged."
+    for row in verdicts.fillna({'worlds': ''}).itertuples():
+        why = textwrap.shorten(row.why, 100, placeholder=' …')
+        print(f'{row.id:18} {row.verdict:17} {row.worlds:11}  {why}')
 
 @dataclass
 class Reproduce:
@@ -195,6 +197,7 @@ class Reproduce:
 @dataclass
 class Claims:
     """Print the verdict on each claim of the paper: of the committed full reproduction, or of your own runs.
+    "in 2 of 6": so many of the settings, readings and thresholds that were tried give this verdict.
 
     Examples:
       wib-nbdev claims
@@ -382,6 +385,8 @@ def _parse(words: list[str]) -> Any:
     if hasattr(command, 'check'): command.check()
     return command
 
+_NO_OUTPUT = (errno.EPIPE, errno.ENOSPC)  # stdout's reader, such as `head`, has ended; its disk is full
+
 def _run(words: list[str]) -> int:
     "Parses, then works; an error is one line."
     if words == ['--version']:
@@ -392,8 +397,8 @@ def _run(words: list[str]) -> int:
         command = _parse(words)
         return command.run()
     except SystemExit as end: return int(end.code or 0)
-    except BrokenPipeError: raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and not error.filename and error.errno in _NO_OUTPUT: raise
         text: Any = error
         if isinstance(error, OSError) and error.filename: text = f'{error.filename}: {error.strerror}'
         message = ' '.join(f'wib-nbdev: {text}'.split())
@@ -410,7 +415,9 @@ def main(
 ) -> int:
     "Runs a command. 0: all went well; 1: the work failed; 2: wrong options; 130: Ctrl-C."
     if os.environ.get('NO_COLOR'): getattr(tyro, '_experimental_options', {})['ansi_codes'] = False
-    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks shows as a question mark
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))  # the shell closed it: >&-
+        stream = getattr(sys, name)  # a letter that the terminal lacks shows as a question mark
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
     try:
         with warnings.catch_warnings():  # one line each, without the source that gave it
@@ -418,9 +425,12 @@ def main(
             code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.errno not in _NO_OUTPUT: raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print goes nowhere
+        if error.errno == errno.EPIPE: return 0
+        _say(f'wib-nbdev: {error}')
+        return 1
     except KeyboardInterrupt:
         _say('wib-nbdev: interrupted')
         return 130

@@ -43,8 +43,9 @@ _NAMES = {nn.ReLU: 'relu', nn.ReLU6: 'relu6', nn.LeakyReLU: 'leaky_relu', nn.PRe
 def _functions_of(old: type[nn.Module]) -> dict[Any, str]:
     "The same activation as functions of torch and methods of a tensor, with their names."
     names = [_NAMES[old], f'{_NAMES[old]}_'] if old in _NAMES else []
-    places = [(place, name) for place in (F, torch, Tensor) for name in names]
-    return {getattr(place, name): name for place, name in places if hasattr(place, name)}
+    places = [(place, name) for place in (F, torch, Tensor, torch.ops.aten) for name in names]
+    found: Any = {getattr(place, name): name for place, name in places if hasattr(place, name)}
+    return found | {fn.default: name for fn, name in found.items() if hasattr(fn, 'default')}  # as exported
 
 def _check_model(model: Any) -> None:
     "`TypeError` for anything but a module, `ValueError` for one that is compiled or scripted."
@@ -234,6 +235,7 @@ _NOT_REWRITTEN = ('is not rewritten: see the report of swap_activations; calls i
                   'of a function that is passed on are not found')
 _NO_CHILD = 'is no child of the model: made in a forward, or kept in a list'
 _OVER_CHILDREN = 'its class runs over its children and would run a new unit too: make the call a module'
+_SCRIPTED = 'is TorchScript, which is not looked into: call the original function'
 
 def _make_row(name: str, old: str, note: str = '', source: str = '', place: Any = None) -> dict[str, Any]:
     "A row of a swap's report. `place`: the module and attribute that get a unit, if one is made."
@@ -260,6 +262,23 @@ def _plan_children(name: str, part: nn.Module, old: type[nn.Module], functions: 
 def _code_names(fn: Any) -> set[str]:
     "The globals and attributes that a function names, with the functions inside of it."
     return {name for code in _walk_codes(inspect.unwrap(fn).__code__) for name in code.co_names}
+
+def _known_values(fn: Any) -> dict[str, Any]:
+    "What the names in a function stand for among its globals, and in the Python modules that it names."
+    known, names = inspect.unwrap(fn).__globals__, _code_names(fn)
+    places = [*(vars(known[each]) for each in names if inspect.ismodule(known.get(each))), known]
+    return {each: place[each] for place in places for each in names if each in place}
+
+def _list_scripted(name: str, fn: Any, part: nn.Module, functions: dict[Any, str]) -> _Rows:
+    "Rows for the calls, in a method, of TorchScript functions in which the activation is called."
+    names, rows = _bind_names(fn, part), _Rows()
+    for call in _list_calls(_parse_method(fn)[1]):
+        called = _look_up(call.func, names)
+        if not isinstance(called, torch.jit.ScriptFunction): continue
+        if not any(f'aten::{each}(' in str(called.inlined_graph) for each in functions.values()): continue
+        source = f'{fn.__module__}, line {call.lineno}: {ast.unparse(call)}'
+        rows.append(_make_row(name, ast.unparse(call.func), _SCRIPTED, source))
+    return rows
 
 def _runs_over_children(part: nn.Module, methods: dict[str, Any], reached: list[str]) -> bool:
     "Whether one of some methods, or one that they call, asks for the children of the module."
@@ -296,12 +315,14 @@ def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[
     before: Any = getattr(type(part), '_swapped_from', (type(part), ()))
     methods, sites, report, seen = _list_methods(before[0]), before[1], _Rows(), set[str]()
     for method, fn in methods.items():
-        names, new, rows = _code_names(fn), list[_Site](), _Rows()
-        known = inspect.unwrap(fn).__globals__  # where it may have another name
-        named = {each for each in names
-                 if each in functions.values() or any(known.get(each) is function for function in functions)}
+        names, known = _code_names(fn), _known_values(fn)  # where it may have another name
+        new, rows, scripted = list[_Site](), _Rows(), _Rows()
+        named = {each for each in names if each in functions.values()
+                 or isinstance(known.get(each), torch.jit.ScriptFunction)
+                 or any(known.get(each) is function for function in functions)}
         if not named and not names & {*part._modules, *vars(part)}: continue
         try:
+            scripted = _list_scripted(name, inspect.unwrap(fn), part, functions)
             calls = _find_calls(method, inspect.unwrap(fn), part, functions, old)
             calls = [call for call in calls if call[:2] not in {site[:2] for site in sites}]
             for site, is_new in _assign_targets(part, calls, fn, seen):
@@ -319,7 +340,7 @@ def _plan_calls(name: str, part: nn.Module, functions: dict[Any, str], old: set[
             source = f'{fn.__module__ or "made by exec"}: {fn.__qualname__}'
             if named and not rows: rows = [_make_row(name, min(named), '', source)]
             rows = [{**row, 'name': name, 'note': str(error), 'place': None} for row in rows]
-        report += rows
+        report += rows + scripted
     return report, None if sites == before[1] else _make_swapped_class(before[0], sites)
 
 def _place_unit(row: dict[str, Any], unit: nn.Module, model: nn.Module) -> None:
@@ -339,8 +360,9 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
     """Replace an activation wherever a model uses it, by a separate module (unit) at each place.
 
     Modules, functions (`F.relu(x)`, `x.relu_()`) and further calls of one module are replaced, in every
-    method of the classes that the model is made of; a clamp at zero is not taken for a ReLU. Parameters stay
-    the same objects. Swap before training: a trained network computes something else without its means.
+    method of the classes that the model is made of. `x.clamp(min=0)`, `F.threshold(x, 0, 0)`,
+    `torch.maximum(x, zero)` and `torch.where(x > 0, x, 0)` are not taken for a ReLU. Parameters stay the same
+    objects. Swap before training: a trained network computes something else without its means.
 
     Parameters
     ----------
@@ -357,7 +379,7 @@ def swap_activations(model: nn.Module, old: type[nn.Module] = nn.ReLU, new: Any 
     DataFrame
         A row per place: name, old, new, swapped, note (why it was not swapped, or what you should know),
         source (the line of a call). What cannot be seen without running, such as a helper function outside
-        the classes, is listed by `calibrate` and `diagnose`.
+        the classes, is listed by `calibrate` and `diagnose`; a ReLU in a TorchScript function only here.
 
     Raises
     ------

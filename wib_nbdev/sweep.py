@@ -580,11 +580,11 @@ def verify(
     n_jobs:int=-1, # worker processes; -1 for one per core
     seed:int | None=None, # of the random choice
 ) -> pd.DataFrame:
-    """Runs some of the runs again and compares every bit of their weights: one row per run: key; first
-    (and last, if whole): whether the weights after that epoch are the same; differs_at: the first step with
-    a different loss; other: the versions that differ. `SweepError` where there are no digests."""
-    runs = results.runs[results.runs['weights_first'].fillna('') != '']
-    if runs.empty: raise SweepError('these results keep no digests of weights to compare with')
+    """Runs some of the finished runs again and compares every bit of their weights: one row per run: key;
+    first (and last, if whole): whether the weights after that epoch are the same; differs_at: the first step
+    with a different loss; other: the versions that differ. `SweepError` where there are no digests."""
+    runs = results.runs.query("status == 'finished' and weights_first.fillna('') != ''")
+    if runs.empty: raise SweepError('these results keep no finished run with digests of its weights')
     runs = runs.sample(min(n_runs, len(runs)), random_state=seed)
     configs = configs_of(runs.assign(device=runs['ran_on']))
     if not whole: configs = [replace(config, epochs=1) for config in configs]
@@ -604,4 +604,6 @@ def _compare_bits(run: dict[str, Any], steps: pd.DataFrame, again: Results, whol
     bits = [both[name].to_numpy('float32').view('uint32') for name in ('loss_x', 'loss_y')]
     other = both['iteration'][bits[0] != bits[1]]
     versions = [f'{name} {run[name]}, here {now[name]}' for name in MADE_WITH if run[name] != now[name]]
-    return {**row, 'differs_at': other.min() if len(other) else None, 'other': '; '.join(versions)}
+    differs_at = other.min() if len(other) else None
+    if kept.empty and not row['first']: differs_at = 'unknown: no losses of its steps are kept here'
+    return {**row, 'differs_at': differs_at, 'other': '; '.join(versions)}
