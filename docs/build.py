@@ -141,7 +141,8 @@ def put_report() -> str:
     table = report.against_relu(results)
     found = f'{report.headline(table)} {report.numbers(table)} {report.elsewhere(results)}'
     (SOURCE / 'report.md').write_text(f'# The report\n\n{found}\n')
-    return report.render(results).replace(f'href="{report.SITE}"', 'href="index.html"')
+    page = report.render(results).replace(f'href="{report.SITE}"', 'href="index.html"')
+    return page.replace(f'href="{report.SITE}/', 'href="')
 
 
 def card(name: str, minutes: dict[str, str]) -> str:
