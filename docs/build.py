@@ -163,8 +163,9 @@ def front_page(chapters: list[str]) -> str:
     text = (ROOT / 'README.md').read_text().replace('](nbs/', '](').replace('](docs/', '](')
     minutes = dict(re.findall(r'\((\w+)\.ipynb\) \|[^|\n]*\| (\d+) \|', text))
     cards = '\n\n'.join([':::::{container} cards', *(card(name, minutes) for name in chapters), ':::::\n'])
+    for name, first in {'promises': 'claim', 'choices': 'what changes'}.items():
+        text = re.sub(rf'^(?=\| {first})', f'{{.{name}}}\n', text, flags=re.M)
     found, *sections = re.split(r'^(?=## )', text, flags=re.M)
-    found = re.sub(r'^(?=\| claim)', '{.promises}\n', found, flags=re.M)
     table = re.compile(r'^\|.*\(01_variance\.ipynb\)', re.M)
     place, = (i for i, section in enumerate(sections) if table.search(section))
     chapter_map = re.sub(r'(^\|.*\n)+', lambda _: cards, sections.pop(place), flags=re.M)
