@@ -142,7 +142,8 @@ def put_report() -> str:
     table = report.against_relu(results)
     found = f'{report.headline(table)} {report.numbers(table)} {report.elsewhere(results)}'
     (SOURCE / 'report.md').write_text(f'# The report\n\n{found}\n')
-    return report.render(results).replace(f'href="{report.SITE}"', 'href="index.html"')
+    page = report.render(results).replace(f'href="{report.SITE}"', 'href="index.html"')
+    return page.replace(f'href="{report.SITE}/', 'href="')
 
 
 def card(name: str, minutes: dict[str, str]) -> str:
@@ -163,8 +164,9 @@ def front_page(chapters: list[str]) -> str:
     text = (ROOT / 'README.md').read_text().replace('](nbs/', '](').replace('](docs/', '](')
     minutes = dict(re.findall(r'\((\w+)\.ipynb\) \|[^|\n]*\| (\d+) \|', text))
     cards = '\n\n'.join([':::::{container} cards', *(card(name, minutes) for name in chapters), ':::::\n'])
+    for name, first in {'promises': 'claim', 'choices': 'what changes'}.items():
+        text = re.sub(rf'^(?=\| {first})', f'{{.{name}}}\n', text, flags=re.M)
     found, *sections = re.split(r'^(?=## )', text, flags=re.M)
-    found = re.sub(r'^(?=\| claim)', '{.promises}\n', found, flags=re.M)
     table = re.compile(r'^\|.*\(01_variance\.ipynb\)', re.M)
     place, = (i for i, section in enumerate(sections) if table.search(section))
     chapter_map = re.sub(r'(^\|.*\n)+', lambda _: cards, sections.pop(place), flags=re.M)

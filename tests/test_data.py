@@ -10,6 +10,7 @@ import signal
 import sys
 import tarfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,11 +221,12 @@ def test_no_network_is_a_clear_error(tmp_path, monkeypatch):
 # The download, from a server of our own on this machine
 
 class Server(http.server.ThreadingHTTPServer):
-    "Serves `files`. Its first `cuts` answers end after `limit` bytes; then `on_cut` is called."
+    """Serves `files`, with a `pause` (seconds) before each small piece. Its first `cuts` answers end after
+    `limit` bytes; then `on_cut` is called."""
     daemon_threads = True
 
-    def __init__(self, files, cuts=0, limit=0, on_cut=lambda server: None, knows_ranges=True):
-        self.files = files
+    def __init__(self, files, cuts=0, limit=0, on_cut=lambda server: None, knows_ranges=True, pause=0):
+        self.files, self.pause = files, pause
         self.cuts, self.limit, self.on_cut, self.knows_ranges = cuts, limit, on_cut, knows_ranges
         self.starts = []  # the first byte of each answer
         super().__init__(('127.0.0.1', 0), Handler)
@@ -252,6 +254,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_cut = len(server.starts) <= server.cuts
         end = min(start + server.limit, len(content)) if is_cut else len(content)
         for at in range(start, end, 10_000):  # in small pieces, as a slow line gives them
+            time.sleep(server.pause)
             self.wfile.write(content[at:min(at + 10_000, end)])
         if is_cut: server.on_cut(server)
 
@@ -279,12 +282,25 @@ def test_a_download_survives_ten_cuts(kind, small, serve, tmp_path):
     layout, contents, sample = small(kind)
     offered = packages(layout, contents)
     longest = max(map(len, offered.values()))
-    server = serve(offered, cuts=10, limit=longest // 12)
+    server = serve(offered, cuts=10, limit=longest // 12, pause=0.001)
     assert_same(data.load(sample.name, tmp_path), sample)
     assert names(tmp_path) == sorted(offered)
     assert len(server.starts) == 10 + len(offered) and max(server.starts) > longest // 2
     assert_same(data.load(sample.name, tmp_path), sample)
     assert len(server.starts) == 10 + len(offered)  # the second time, nothing was fetched
+
+
+def test_a_slow_download_writes_lines_into_a_log_file(small, serve, tmp_path, capsys, monkeypatch):
+    "What has arrived, its share and the pace, every minute."
+    layout, contents, _ = small('records')
+    monkeypatch.setattr(data, '_LOG_SECONDS', 0.1)
+    monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)
+    serve(packages(layout, contents), pause=0.002)
+    data.load('cifar10', tmp_path)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first.startswith('downloading http') and len(lines) >= 2
+    line = rf'{layout.packed}: +\d+%\|.*\| [\d.]+[kM]?/[\d.]+M \[.*, [\d.]+[kM]?B/s\]'
+    assert [each for each in lines if not re.fullmatch(line, each)] == []
 
 
 def test_a_lost_server_leaves_a_part_that_another_continues(small, serve, tmp_path, capsys):

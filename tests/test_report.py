@@ -182,12 +182,16 @@ def test_a_promise_holds_by_its_rule(rows, verdict):
     assert few['up to 20 % less loss'] == 'undecided'
 
 
-def test_reasons_are_sentences(theory):
-    "No field name, no name as it is typed."
+def test_reasons_are_sentences(full, theory):
+    "With a verb; no field name, no name as it is typed. With runs and without."
+    judged = report.judge_main(full, committed=True)
     others = ('not run yet: runs with sample=True, epochs=5', 'cifar10: wib_relu_04 [SGD 0.4; Adam 0.004: -]')
-    for why in (*theory['why'], *others):
+    for why in (*theory['why'], *judged['why'], *others):
         sentence = report.reason(why)
         assert sentence[0] == sentence[0].upper() and sentence.endswith('.')
+        words = re.sub(r'; this is with .*', '', sentence)
+        assert re.search(r'\b(is|are|has|lie|gives|grows|lack|measured)\b', words), sentence
+        assert not re.search(r'\d\. ', words), 'a list is one sentence'
         typed = r'wib_relu|fashion_mnist|cifar10|\w+=|`|gradient_rms|near_zero'
         assert not re.search(typed, sentence), sentence
 
@@ -271,7 +275,7 @@ def test_pictures_are_drawn_or_name_the_runs_that_they_lack(page, theory):
     assert all(len(attrs['aria-label']) > 15 for attrs in Page(page).all('svg'))
 
 
-def test_links_lead_to_what_makes_a_picture():
+def test_links_lead_to_what_makes_a_picture(page):
     facts = ConfigParser(delimiters=['='])
     facts.read(ROOT / 'settings.ini', encoding='utf-8')
     assert facts['DEFAULT']['git_url'] == report.PROJECT
@@ -281,6 +285,12 @@ def test_links_lead_to_what_makes_a_picture():
         cells = json.loads((ROOT / f'nbs/{report.NOTEBOOKS[module]}.ipynb').read_text())['cells']
         assert any(f'def {picture.make.__name__}(' in ''.join(cell['source']) for cell in cells)
         assert picture.make.__name__ in importlib.import_module(f'wib_nbdev.{module}').__all__
+    found = re.findall(rf'<a href="{report.PROJECT}/blob/main/(.*?)#L(\d+)"><code>\w+\.(\w+)<', page)
+    assert len(found) == len(report.PICTURES) + 1 and found[0][2] == 'figure_forest'
+    for path, line, name in found:
+        assert (ROOT / path).read_text().splitlines()[int(line) - 1].startswith(f'def {name}(')
+    chapters = re.findall(rf'of <a href="{report.SITE}/(\w+)\.html">chapter \d', page)
+    assert len(chapters) == len(found) and set(chapters) == set(report.NOTEBOOKS.values())
 
 
 @pytest.mark.parametrize('field, values', [('amp', [False, True]), ('device', ['auto', 'cpu'])])
@@ -393,6 +403,8 @@ def test_in_a_browser(visit, page, width, scheme):
     badges = '''[...document.querySelectorAll('.promises .badge')]
       .map(each => each.getBoundingClientRect().right)'''
     assert len(edges := window.evaluate(badges)) >= 6 and max(edges) <= width
+    first = "document.querySelector('.promises .badge').getBoundingClientRect().bottom"
+    assert window.evaluate(first) <= 844, 'a verdict is on the first screen'
     window.evaluate(UNFOLD)
     assert 'With shift' in window.inner_text('.explorable .said'), 'the policy lets its script run'
     assert window.evaluate('document.documentElement.scrollWidth') <= width

@@ -90,7 +90,8 @@ def test_search_finds_what_is_there(window, address, words, page):
 
 
 def test_the_first_page_on_a_phone(window, address):
-    "The verdicts are seen without scrolling sideways; then the explorable, then the chapters in order."
+    """The verdicts, what they depend on and the commands are seen without scrolling sideways; then the
+    explorable, then the chapters in order."""
     window.set_viewport_size({'width': 390, 'height': 844})
     window.goto(address)
     cells = [cell for cell in window.locator('table.promises td').all() if cell.inner_text() in VERDICTS]
@@ -98,6 +99,10 @@ def test_the_first_page_on_a_phone(window, address):
     for cell in cells:
         box = cell.bounding_box()
         assert box['x'] >= 0 and box['x'] + box['width'] <= 390
+    edges = "[...document.querySelectorAll('table.choices td')].map(x => x.getBoundingClientRect().right)"
+    assert len(found := window.evaluate(edges)) >= 24 and max(found) <= 390 and len(set(found)) == 2
+    wide = "[...document.querySelectorAll('.highlight-bash pre')].filter(x => x.scrollWidth > x.clientWidth)"
+    assert window.evaluate(f'{wide}.length') == 0
     assert 'With shift' in window.inner_text('.explorable .said')
     links = "[...document.querySelectorAll('.card strong a')].map(x => x.getAttribute('href'))"
     chapters = window.evaluate(links)

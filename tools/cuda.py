@@ -4,8 +4,8 @@ It should take eight minutes. Only the tests have been run on a GPU so far.
 
     python tools/cuda.py --root data --out cuda.md
 
-Runs the tests marked cuda, the chapter of training with its CUDA cells, and one epoch beside its rivals on
-the device; ends with exit code 1 if anything failed.
+Runs the tests marked cuda, each notebook that has CUDA cells, and one epoch beside its rivals on the device;
+ends with exit code 1 if anything failed.
 """
 import json
 import subprocess
@@ -43,13 +43,17 @@ def tests(folder: Path) -> list[dict[str, str]]:
                  seconds=f"{float(case.attrib['time']):.1f}") for case in cases]
 
 
-def chapter() -> list[dict[str, str]]:
-    "A row for the chapter of training, all of it."
-    clock = time.perf_counter()
-    passed = python('-c', 'from nbdev.test import nbdev_test; nbdev_test()', '--flags', 'cuda',
-                    '--path', 'nbs/06_training.ipynb', '--n_workers', '0')
-    return [dict(what='06_training.ipynb with its CUDA cells', result='passed' if passed else 'failed',
-                 seconds=f'{time.perf_counter() - clock:.0f}')]
+def notebooks() -> list[dict[str, str]]:
+    "A row for each notebook that has a CUDA cell, all of it."
+    rows = []
+    for path in sorted(PROJECT.glob('nbs/**/*.ipynb')):
+        if '"#| cuda' not in path.read_text(): continue
+        clock = time.perf_counter()
+        test = f"nbdev_test(path={str(path)!r}, flags='cuda', n_workers=0)"
+        passed = python('-c', f'from nbdev.test import nbdev_test; {test}')  # which reads no options after -c
+        rows.append(dict(what=f'{path.name} with its CUDA cells', result='passed' if passed else 'failed',
+                         seconds=f'{time.perf_counter() - clock:.0f}'))
+    return rows
 
 
 def benchmark(root: Path, folder: Path) -> list[dict[str, str]]:
@@ -72,7 +76,7 @@ def main(options: Options) -> int:
              '| what | result | seconds |', '|---|---|---|']
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in (lambda: tests(folder), chapter, lambda: benchmark(options.root, folder)):
+        for part in (lambda: tests(folder), notebooks, lambda: benchmark(options.root, folder)):
             lines += [f"| {row['what']} | {row['result']} | {row.get('seconds', '')} |" for row in part()]
             # After each part: what a machine that is taken away has found stays.
             if options.out: options.out.write_text('\n'.join(lines) + '\n')

@@ -10,10 +10,12 @@ __all__ = ['DATASETS', 'CLASS_NAMES', 'ImageDataset', 'load', 'inspect', 'table_
 import gzip
 import hashlib
 import io
+import math
 import os
 import pickle
 import sys
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -198,6 +200,8 @@ def _address(layout:_Layout, package:str) -> str:
     return f"{mirror.rstrip('/')}/{package}" if mirror else f'{layout.home}/{Path(package).name}'
 
 # %% ../nbs/lib/data.ipynb #8aa59e91
+_LOG_SECONDS = 60  # between two lines on a download in a log file
+
 def _size(path:Path) -> int: return path.stat().st_size if path.exists() else 0
 
 def _receive(url:str, part:Path) -> bool:
@@ -208,16 +212,20 @@ def _receive(url:str, part:Path) -> bool:
         if error.code == 416: return True  # there is nothing beyond what we have
         raise
     part.parent.mkdir(parents=True, exist_ok=True)
-    is_quiet = not sys.stderr.isatty() and 'ipykernel' not in sys.modules
+    is_log = not sys.stderr.isatty() and 'ipykernel' not in sys.modules
     mode = 'ab' if answer.status == 206 else 'wb'  # with status 200 the server sends everything again
     with answer, open(part, mode) as out:
         start, length = out.tell(), answer.headers['Content-Length']
         total = None if length is None else start + int(length)
         with tqdm(desc=part.stem, total=total, initial=start, unit='B', unit_scale=True, leave=False,
-                  disable=is_quiet) as bar:
+                  delay=math.inf if is_log else 0) as bar:  # a log file gets whole lines in place of a bar
+            said = time.monotonic()
             while chunk := answer.read(2**15):
                 out.write(chunk)
                 bar.update(len(chunk))
+                if is_log and time.monotonic() >= said + _LOG_SECONDS:
+                    said = time.monotonic()
+                    print(bar, file=sys.stderr, flush=True)
     return total is None or _size(part) == total
 
 def _download(url:str, part:Path) -> None:

@@ -13,6 +13,7 @@ __all__ = ['PAPER', 'PROJECT', 'SITE', 'QUANTITIES', 'WHAT_IS_PROMISED', 'VERDIC
 # %% ../nbs/lib/report.ipynb #71e29c56
 import base64
 import hashlib
+import inspect
 import io
 import math
 import re
@@ -158,7 +159,7 @@ _WORDS = {name: dict(zip(('better', 'worse', 'equal', 'no better', 'undecided'),
              'its last validation loss is not shown to be lower'),
 }.items()}
 
-def _clause(states: dict[str, str], words: dict[str, str]) -> tuple[str, int]:
+def _say_states(states: dict[str, str], words: dict[str, str]) -> tuple[str, int]:
     "What the states, by data set, say: for WIB-ReLU (1), against it (-1), or neither (0)."
     found = set(states.values())
     if found == {'equal', 'undecided'}: found = {'undecided'}
@@ -170,10 +171,10 @@ def _clause(states: dict[str, str], words: dict[str, str]) -> tuple[str, int]:
     left = f" (undecided on {where['undecided']})" if 'undecided' in found else ''
     return ' and '.join(said) + left, ('better' in found) - ('worse' in found)
 
-def _clauses(table: pd.DataFrame) -> dict[str, tuple[str, int]]:
+def _say_quantities(table: pd.DataFrame) -> dict[str, tuple[str, int]]:
     "What is said of each quantity of the headline."
     states = {name: rows.set_index('dataset')['state'].to_dict() for name, rows in table.groupby('quantity')}
-    return {name: _clause(states.get(name, {'': 'undecided'}), words) for name, words in _WORDS.items()}
+    return {name: _say_states(states.get(name, {'': 'undecided'}), words) for name, words in _WORDS.items()}
 
 def _changes(table: pd.DataFrame, quantity: str) -> str:
     rows = table[table['quantity'] == quantity].itertuples()
@@ -189,7 +190,7 @@ def headline(
     if (most := int(table['n'].max())) < MIN_PAIRS:
         pairs = f"{most} pair{'s' * (most > 1)} of seeds"
         return f'Undecided: {pairs}, too few to tell WIB-ReLU from ReLU ({MIN_PAIRS} are needed).'
-    (speed, speed_sign), (accuracy, accuracy_sign), (loss, _) = _clauses(table).values()
+    (speed, speed_sign), (accuracy, accuracy_sign), (loss, _) = _say_quantities(table).values()
     datasets = table['dataset'].unique()
     where = f'On {DATASET_LABELS[datasets[0]]}, ' if len(datasets) == 1 else ''
     joint = 'and' if speed_sign == accuracy_sign else 'but'
@@ -221,12 +222,12 @@ def elsewhere(
 ) -> str:
     "What `headline` says in the plan's other settings where that is better, or worse, for WIB-ReLU."
     main, said = main_setting(results), []
-    here = _clauses(against_relu(results))
+    here = _say_quantities(against_relu(results))
     for name, fields in SETTINGS.items():
         table = against_relu(results, {**main, **fields})
         if not table['n'].max() >= MIN_PAIRS: continue
         other = ['WIB-ReLU ' * (quantity != 'loss') + text
-                 for quantity, (text, sign) in _clauses(table).items() if sign != here[quantity][1]]
+                 for quantity, (text, sign) in _say_quantities(table).items() if sign != here[quantity][1]]
         if other: said.append(f"With {name}, {' and '.join(other)}.")
     return ' '.join(said)
 
@@ -255,7 +256,7 @@ VERDICT_RULE = ('*In part*: on one data set the rule is met, or a gain is clear 
                 'promised. *Does not hold*: an interval rules it out. Else *undecided*.')
 TOO_SMALL = 'A change whose whole interval lies within 2 % (accuracy: half a point) counts as no change.'
 
-def _keeps(row: Any) -> tuple[Test, Test]:
+def _check_promise(row: Any) -> tuple[Test, Test]:
     "Whether a row of `against_relu` keeps its promise, and whether it keeps a part; None: undecided."
     if row.n < MIN_PAIRS: return None, None
     better: Test = {'better': True, 'undecided': None}.get(row.state, False)
@@ -272,7 +273,7 @@ def promises(
     rows = []
     for promise in WHAT_IS_PROMISED:
         found = {row.dataset: row for row in table.itertuples() if row.quantity == promise.quantity}
-        whole, part = zip(*map(_keeps, found.values()), strict=True) if found else ((), ())
+        whole, part = zip(*map(_check_promise, found.values()), strict=True) if found else ((), ())
         verdict = grade(*whole, part=some(part)) if len(found) == len(DATASETS) else VERDICTS[-1]
         cells = {DATASET_LABELS[name]: 'not run' for name in DATASETS}
         cells |= {DATASET_LABELS[name]: effect_in_words(row) for name, row in found.items()}
@@ -304,13 +305,13 @@ def mark(
 ) -> str:
     """'[Re]', '[¬Re]' or a mark in between, as journals of reproductions put before a title. It follows the
     worse verdict on the two sizes that the abstract promises."""
-    return _MARKS[_worst(verdicts)][0]
+    return _MARKS[_find_worst(verdicts)][0]
 
 def explain_mark(
     verdicts:pd.DataFrame, # from `judge`
 ) -> str:
     "What the mark means, in a sentence, and the two verdicts that it rests on."
-    sign, words = _MARKS[_worst(verdicts)]
+    sign, words = _MARKS[_find_worst(verdicts)]
     found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
     return (f'{sign} means {words}. It judges the two promises that have a size: at the last epoch, against '
@@ -329,7 +330,7 @@ def marks_by(
     worst = best.groupby(choice, sort=False).agg(lambda x: max(x, key=VERDICTS.index))
     return {name: _MARKS[verdict][0] for name, verdict in worst.items()}
 
-def _worst(verdicts: pd.DataFrame) -> str:
+def _find_worst(verdicts: pd.DataFrame) -> str:
     found = set(verdicts.loc[verdicts['id'].isin(PROMISES), 'verdict']) or {VERDICTS[-1]}
     return max(found, key=VERDICTS.index)
 
@@ -368,14 +369,17 @@ def provenance(
 
 _NAMES = {**{arm: each.label for arm, each in ARM_STYLE.items()}, **DATASET_LABELS}
 _NAME = re.compile(rf"\b({'|'.join(sorted(_NAMES, key=len, reverse=True))})\b")
+_VERB = re.compile(r'\b(is|are|has|lie|gives|grows|lack)\b')
 
 def reason(
     why:str, # the text from `judge`
 ) -> str:
     "Why a verdict is what it is, as a sentence, with labels in place of the names in the code."
     text = why.replace('`', '').replace(' to inf', ' on').replace('lr=', 'learning rate ')
+    text = re.sub(r'(?<=\d)\. ', '; ', text.replace('not run yet: ', 'these results lack '))
     text = re.sub(r'recorded with \S+', 'recorded layer by layer', text)
     text = re.sub(r'runs with \w+=.*', 'runs in this setting', text)
+    if not _VERB.search(text): text = f'We measured: {text}'
     text = re.sub(r' \[(.+?); (.+)\]$', r'; this is with \1, no setting has a better verdict (\2)', text)
     text = _NAME.sub(lambda name: _NAMES[name[0]], text)
     return text[:1].upper() + text[1:] + '.'
@@ -549,12 +553,16 @@ PICTURES = (
     Picture('Rates', 'comparison', 'Held-out accuracy by learning rate.', figure_rates, _rates),
 )
 
+def _find_maker(make: Callable[..., Figure]) -> dict[str, str]:
+    "A figure's function, the link to its line, and the chapter that develops it."
+    module = make.__module__.removeprefix('wib_nbdev.')
+    line, notebook = inspect.getsourcelines(make)[1], NOTEBOOKS[module]
+    return dict(name=f'{module}.{make.__name__}', source=f'{PROJECT}/blob/main/wib_nbdev/{module}.py#L{line}',
+                chapter=f'chapter {int(notebook[:2])}', page=f'{SITE}/{notebook}.html')
+
 def _draw(evidence: Evidence, picture: Picture, prefix: str) -> dict[str, Any]:
     "A picture's panels and where it is made, or the runs that it lacks."
-    module = picture.make.__module__.removeprefix('wib_nbdev.')
-    link = f'{PROJECT}/blob/main/nbs/{NOTEBOOKS[module]}.ipynb'
-    made_by = f'{module}.{picture.make.__name__}'
-    drawn = dict(picture._asdict(), made_by=made_by, link=link, lacks='', said='', svgs=[])
+    drawn = dict(picture._asdict(), maker=_find_maker(picture.make), lacks='', said='', svgs=[])
     try: figure = picture.make(**picture.inputs(evidence))
     except MissingRuns as error: return dict(drawn, lacks=str(error))
     svgs = as_svgs(figure, f'{picture.name}: {picture.shows}', prefix)
@@ -610,7 +618,7 @@ THEME_TITLES = dict(zip(THEMES, (
     'WIB-ReLU against its four rivals'), strict=True))
 _JUDGEMENT = ('verdict', 'why', 'value', 'low', 'high', 'worlds')
 
-def _claims(judged: pd.DataFrame, full: pd.DataFrame, sample: bool) -> list[dict[str, Any]]:
+def _describe_claims(judged: pd.DataFrame, full: pd.DataFrame, sample: bool) -> list[dict[str, Any]]:
     "Each claim as the template takes it; of a sample, the verdict of the full reproduction counts."
     known = {row.id: row for row in full.itertuples()}
     rows = []
@@ -651,7 +659,7 @@ def _made_with(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([{'what': name.replace('_', ' '), 'value': ', '.join(values)}
                          for name, values in found.items() if values])
 
-def _trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]) -> list[str]:
+def _describe_trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[str, Any]]) -> list[str]:
     "How far the answer can be trusted, in sentences."
     n = table.loc[table['quantity'] == 'accuracy', 'n'].min() if len(table) else 0
     ran = f'{provenance(evidence.results)} The setting: {setting_in_words(evidence.setting)}.'
@@ -675,12 +683,12 @@ def judge_main(
     setting = main_setting(results)
     return judge(results, None if setting == MAIN else setting)
 
-def _page(results: Results, judged: pd.DataFrame, full: Results | None) -> dict[str, Any]:
+def _fill_page(results: Results, judged: pd.DataFrame, full: Results | None) -> dict[str, Any]:
     "The values for the template. If the runs used the sample, its first screen has the full reproduction."
     setting = main_setting(results)
     evidence, sample = Evidence(results, setting), setting['sample']
     known = judged if full is None else judge_main(full, committed=True)
-    claims = _claims(judged, known, sample)
+    claims = _describe_claims(judged, known, sample)
     best, own = evidence, against_relu(results)
     table = own
     if sample and full is not None: best, table = Evidence(full, main_setting(full)), against_relu(full)
@@ -694,7 +702,8 @@ def _page(results: Results, judged: pd.DataFrame, full: Results | None) -> dict[
         n_full='' if full is None else f'{len(full.runs)} runs{_trial(full)}',
         mark=explain_mark(pd.DataFrame(claims)),
         promises=promises(table).assign(own=promises(own)['verdict']).to_dict('records'), forest=forest,
-        trust=_trust(best, table, claims), counts=count_verdicts(pd.DataFrame(claims)),
+        maker=_find_maker(figure_forest),
+        trust=_describe_trust(best, table, claims), counts=count_verdicts(pd.DataFrame(claims)),
         sections=_sections(evidence, claims), differences=_difference_table(evidence),
         made_with=_made_with(results.runs), setups=setups, sample=sample,
         setting=setting_in_words(setting), provenance=provenance(results))
@@ -708,7 +717,7 @@ def render(
     "The report as one HTML page. The same arguments give the same page."
     full = full_reproduction(results)
     judged = judge_main(results, committed=full is None) if verdicts is None else verdicts
-    with style.context(_PLAIN): page = _page(results, judged, full)
+    with style.context(_PLAIN): page = _fill_page(results, judged, full)
     links = dict(paper=PAPER, project=PROJECT, site=SITE)
     part = explorable()
     return _TEMPLATES.get_template('report.html').render(
