@@ -23,7 +23,7 @@ import pandas as pd
 from first_round import compare, first_round
 
 from wib_nbdev.claims import CLAIMS, judge, robustness
-from wib_nbdev.depth import DEPTH_TEXTS, TRIAL_SEEDS, merge_runs, run_depth_plan, trial_plan
+from wib_nbdev.depth import DEPTH_TEXTS, merge_runs, run_depth_plan, trial_plan
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.report import as_markdown
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
@@ -247,7 +247,7 @@ def main() -> None:
         how, store = dict(n_jobs=options.jobs, root=options.root), options.store.parent
         try:
             results = run_depth_plan(store / 'depth', **how)
-            tried = run_depth_plan(store / 'depth_trial', trial_plan(), TRIAL_SEEDS, **how)
+            tried = run_depth_plan(store / 'depth_trial', trial_plan(), **how)
         except SweepError as error: sys.exit(str(error))
         check_provenance({*results.runs['commit'], *tried.runs['commit']}, DEPTH_CRITERIA)
         merge_runs(results).to_parquet(PACKAGE / 'depth.parquet', index=False)

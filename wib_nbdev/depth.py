@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ELU_GAIN', 'SHRUNK_GAIN', 'DEPTH_ARMS', 'FACTORIALS', 'EQUAL', 'YARDSTICKS', 'FAMILIES', 'CELLS', 'RATES',
            'RATE_SEEDS', 'SEEDS', 'N_TRAIN', 'CHANCE', 'ZERO_MEAN', 'THEORIES', 'Found', 'DEPTH_TEXTS', 'SHOWN',
-           'CHART', 'TRIALS', 'TRIAL_SEEDS', 'Family', 'is_planned', 'depth_plan', 'best_rates', 'merge_runs',
-           'depth_best_plan', 'run_depth_plan', 'load_runs', 'side_by_side', 'effects', 'gain_by_depth', 'gain',
-           'compare_means', 'count_at_chance', 'initial_signals', 'Theory', 'predict_arm', 'signals', 'decided_pairs',
-           'fit_predictor', 'hit_rates', 'rank_leads', 'Condition', 'judge_elu', 'judge_bipolar_rnn',
-           'judge_bipolar_cnn', 'judge_normalisation', 'judge_future_rnn', 'judge_predictor', 'judge_depth',
-           'plot_depth_accuracy', 'figure_depth', 'plot_effect', 'decision_chart', 'trial_plan', 'judge_chart']
+           'CHART', 'TRIALS', 'Family', 'is_planned', 'depth_plan', 'best_rates', 'merge_runs', 'depth_best_plan',
+           'run_depth_plan', 'load_runs', 'side_by_side', 'effects', 'gain_by_depth', 'gain', 'compare_means',
+           'count_at_chance', 'initial_signals', 'Theory', 'predict_arm', 'signals', 'decided_pairs', 'fit_predictor',
+           'hit_rates', 'rank_leads', 'Condition', 'judge_elu', 'judge_bipolar_rnn', 'judge_bipolar_cnn',
+           'judge_normalisation', 'judge_future_rnn', 'judge_predictor', 'judge_depth', 'plot_depth_accuracy',
+           'figure_depth', 'plot_effect', 'decision_chart', 'trial_plan', 'judge_chart']
 
 # %% ../nbs/lib/depth.ipynb #c1fadbce
 import io
@@ -36,12 +36,12 @@ from torch.nn import functional as F
 from .activations import CENTRED_GAIN, CENTRED_SHIFT, predict_depth, wib_relu
 from .claims import MissingRuns, Test, above, grade, near, some
 from .config import TrainConfig, one_of
-from .data import load, subset
+from .data import channel_stats, load, subset
 from .mean_shift import gaussian_moments
 from .statistics import MIN_PAIRS, ROPE, Interval, t_interval
 from .style import BAND, THEORY, colour, label, marker, new_axes, panels
 from .sweep import Results, configs_of, run_sweep
-from .training import calibration_batch, initial_network
+from .training import Batches, initial_network
 
 # %% ../nbs/lib/depth.ipynb #a4476aa2
 ELU_GAIN = 1 / math.sqrt(gaussian_moments(F.elu).second_moment)  # keeps the pre-activations' variance
@@ -67,8 +67,10 @@ FACTORIALS = {  # the arms of (mean, second moment): (kept, one), (kept, shrunk)
     'constant': ('relu', 'relu_shrunk', 'wib_relu_centred', 'wib_relu'),
 }
 _RESCALED = ('wib_relu_unit', 'relu_unit')
-EQUAL = {  # the arms (zero mean, kept mean) whose second moments are the same at every depth
-    'mlp': _RESCALED, 'deep_cnn': _RESCALED, 'rnn': ('wib_relu_calibrated', 'relu_shrunk')}
+EQUAL = {  # pairs of arms (zero mean, kept mean) that differ as little as possible but for the mean
+    'mlp': {'same second moment': _RESCALED}, 'deep_cnn': {'same second moment': _RESCALED},
+    'rnn': {'same second moment': ('wib_relu_calibrated', 'relu_shrunk'),
+            'same weights': ('wib_relu_calibrated', 'relu')}}
 YARDSTICKS = {  # what is usual in such a network
     'mlp': 'relu_batch_norm', 'deep_cnn': 'relu_batch_norm', 'rnn': 'tanh'}
 
@@ -95,9 +97,8 @@ def is_planned(
     family:str, # a name in `FAMILIES`
     arm:str, # a name in `DEPTH_ARMS`
 ) -> bool:
-    """Whether an arm is run: a yardstick in its families, rescaled layers where each layer has its own
-    weights."""
-    return arm not in (*_RESCALED, *YARDSTICKS.values()) or arm in (*EQUAL[family], YARDSTICKS[family])
+    "Whether an arm is run: tanh in recurrent networks, batch norm and rescaled layers in the others."
+    return arm != 'tanh' if family != 'rnn' else arm not in (*_RESCALED, 'relu_batch_norm')
 
 def depth_plan(
     cells:Iterable[tuple[str, int]]=CELLS, # (family, depth)
@@ -167,14 +168,13 @@ def depth_best_plan(
 def run_depth_plan(
     out:str | Path, # the store: a folder of runs
     plan:Sequence[TrainConfig] | None=None, # those that choose rates; `depth_plan()` if None
-    seeds:Iterable[int]=SEEDS, # of the comparison
     **options:Any, # those of `run_sweep`
 ) -> Results:
     "The rates, then the comparison. A second call goes on where the first was stopped."
     plan = depth_plan() if plan is None else plan
     results = run_sweep(plan, out, **options)
     if len(results.runs) < len(plan): return results  # a run failed: no rate can be chosen
-    return run_sweep([*plan, *depth_best_plan(results, seeds)], out, **options)
+    return run_sweep([*plan, *depth_best_plan(results)], out, **options)
 
 def load_runs(
     path:str | Path | None=None, # a file with a frame of `merge_runs`; the one inside the package if None
@@ -195,10 +195,11 @@ def side_by_side(
     split:str='test', # or 'train'
     metric:str='accuracy', # or 'loss', which is given as minus its logarithm, so that more is better
 ) -> pd.DataFrame:
-    "A row per seed, one column per (depth, arm), at the best rates; a diverged run counts as `CHANCE`."
+    """A row per seed, one column per (depth, arm), at the best rates; a diverged run counts as `CHANCE`, and
+    no loss counts as more."""
     part = runs[(runs['family'] == family) & (runs['split'] == split) & runs['chosen']]
     wide = part.fillna({metric: CHANCE[metric]}).pivot(index='seed', columns=['depth', 'arm'], values=metric)
-    return wide if metric == 'accuracy' else -np.log(wide)
+    return wide if metric == 'accuracy' else -np.log(wide.clip(upper=CHANCE['loss']))
 
 def _select_whole(wide:pd.DataFrame, columns:Iterable[tuple[int, str]], n:int=2) -> pd.DataFrame:
     "These columns, for the seeds that have all of them: at least `n`, else `MissingRuns`."
@@ -275,7 +276,8 @@ def compare_means(
     zero mean (differences of test accuracy). Where runs are missing there is no row."""
     rows = []
     for family, depth in CELLS:
-        for name, pairs in {'same second moment': (EQUAL[family],), **ZERO_MEAN}.items():
+        fair = {name: (pair,) for name, pair in EQUAL[family].items()}
+        for name, pairs in {**fair, **ZERO_MEAN}.items():
             try: gains = [gain(runs, family, [depth], *pair, n_seeds=2) for pair in pairs]
             except MissingRuns: continue
             x = t_interval(pd.concat(gains, axis=1).dropna().mean(axis=1))
@@ -295,16 +297,19 @@ def initial_signals(
     arms:Collection[str]=tuple(DEPTH_ARMS), # names in `DEPTH_ARMS`
     seeds:Iterable[int]=RATE_SEEDS, # of the weights
 ) -> pd.DataFrame:
-    """A row per network before training, measured on 200 images of the sample; all in orders of magnitude.
-    family, depth, arm, seed; moment: E[a²] after the last activation; contrast: the slope of the cosines of
+    """A row per network before training, measured on 200 test images of the sample (what is set from images:
+    from 200 training images); all in orders of magnitude. family, depth, arm, seed; moment: E[a²] after
+    the last activation, and typical: its median over images; contrast: the slope of the cosines of
     all pairs of images there over those of the inputs (at least 1e-5); gradient: the root mean square of the
     loss's gradient at the first activation, relative to that at the last."""
     images = {name: subset(load(name, sample=True), 200) for name in ('fashion_mnist', 'cifar10')}
     rows, outputs, pairs = [], list[torch.Tensor](), np.triu_indices(200, 1)
     cosines = lambda x: F.normalize(x.flatten(1)) @ F.normalize(x.flatten(1)).T
     for config in depth_plan(cells, arms, RATES[:1], seeds, sample=True, n_train=None):
-        x, y = calibration_batch(images[config.dataset]), images[config.dataset].y_train
-        model = initial_network(config, images[config.dataset])
+        data = images[config.dataset]
+        test = data.x_test[:200], data.y_test[:200]
+        x, y = next(Batches(*test, *channel_stats(data.x_train), 200)())
+        model = initial_network(config, data)
         outputs.clear()
         for name, module in model.named_modules():
             if name.endswith('act'): module.register_forward_hook(lambda *call: outputs.append(call[-1]))
@@ -313,9 +318,11 @@ def initial_signals(
                        for each in torch.autograd.grad(loss, [outputs[0], outputs[-1]]))
         before, after = (cosines(each.detach())[pairs].double() for each in (x, outputs[-1]))
         slope = np.polyfit(before, after, 1)[0]
+        energies = outputs[-1].detach().flatten(1).square().mean(1)
         rows.append((config.network, config.depth, _ARM_OF[_shape_of(config)], config.seed,
-                     outputs[-1].square().mean().log10().item(), math.log10(max(slope, 1e-5)), first - last))
-    return pd.DataFrame(rows, columns=[*_CELL, 'seed', 'moment', 'contrast', 'gradient'])
+                     energies.mean().log10().item(), energies.median().log10().item(),
+                     math.log10(max(slope, 1e-5)), first - last))
+    return pd.DataFrame(rows, columns=[*_CELL, 'seed', 'moment', 'typical', 'contrast', 'gradient'])
 
 # %% ../nbs/lib/depth.ipynb #da33ef7d
 _HALF_POINT = ROPE['accuracy']
@@ -438,26 +445,29 @@ def _describe_gain(name:str, x:Interval) -> str:
     unit = '% of the loss' if 'loss' in name else 'points'
     return f'{name}: {100 * x.mean:+.2f} {unit} ({100 * x.low:+.2f} to {100 * x.high:+.2f})'
 
-def _judge_mean(family:str, over:str, x:Interval, ends:Iterable[tuple[int, Interval]]) -> Found:
-    "A gain of a zero mean against half a point; beside it the gains at the least and the greatest depth."
+def _describe_mean(name:str, x:Interval, each:dict[int, Interval]) -> str:
+    "A gain of a zero mean, and what it is at each depth."
     harm = ' The opposite holds.' if x.high < -_HALF_POINT else ''
-    said = [_describe_gain(f'{FAMILIES[family].label}, {over}', x)]
-    said += [_describe_gain(f'at depth {n}', end) for n, end in ends]
-    return x, grade(above(x, _HALF_POINT)), f"{'; '.join(said)}.{harm}"
+    at = ', '.join(f'{100 * gain.mean:+.1f} at {n}' for n, gain in each.items())
+    return f'{_describe_gain(name, x)}; {at}.{harm}'
 
 def _judge_effect(runs:pd.DataFrame, family:str, over:str) -> Found:
     "The effect of the mean in the factorial design, or its change with depth."
     table = effects(runs, family, n_seeds=MIN_PAIRS).query("effect == 'mean'").set_index('over')
-    of = lambda over: Interval(*table.loc[over, list(Interval._fields)])
-    return _judge_mean(family, over, of(over), [(n, of(n)) for n in (min(FAMILIES[family].depths),
-                                                                    max(FAMILIES[family].depths))])
+    found = {over: Interval(*x) for over, x in table[list(Interval._fields)].T.items()}
+    x, each = found[over], {n: found[n] for n in FAMILIES[family].depths}
+    return x, grade(above(x, _HALF_POINT)), _describe_mean(f'{FAMILIES[family].label}, {over}', x, each)
 
 def _judge_equal(runs:pd.DataFrame, family:str, over:str) -> Found:
-    "A zero mean at the same second moment, or its change with depth."
-    gains = gain_by_depth(runs, family, FAMILIES[family].depths, *EQUAL[family])
-    ends = [(n, t_interval(gains[n])) for n in (gains.columns.min(), gains.columns.max())]
-    x = gains.mean(axis=1) if over == 'all depths' else _change_with_depth(gains)
-    return _judge_mean(family, over, t_interval(x), ends)
+    "A zero mean where little else differs, or its change with depth."
+    found, said = [], []
+    for name, pair in EQUAL[family].items():
+        gains = gain_by_depth(runs, family, FAMILIES[family].depths, *pair)
+        x = t_interval(gains.mean(axis=1) if over == 'all depths' else _change_with_depth(gains))
+        found.append(x)
+        each = {n: t_interval(values) for n, values in gains.items()}
+        said.append(_describe_mean(f'{FAMILIES[family].label}, {name}, {over}', x, each))
+    return found[0], grade(*(above(x, _HALF_POINT) for x in found)), ' '.join(said)
 
 def _judge_gains(
     conditions:dict[str, Condition], # by what they are
@@ -650,8 +660,6 @@ TRIALS: dict[str, tuple[str, int, dict[str, Any], str]] = {
     'CNN, 24 layers, Fashion-MNIST': ('deep_cnn', 24, dict(dataset='fashion_mnist'), 'CNN, 16 or 32'),
     'recurrent, 14 steps, Fashion-MNIST': ('rnn', 14, {}, 'recurrent, 7 to 56 steps'),
 }
-TRIAL_SEEDS = range(10, 15)  # of the comparison there
-
 def trial_plan() -> list[TrainConfig]:
     "Each arm of the chart in each of `TRIALS`, at each rate, on held-out images, for `run_depth_plan`."
     return [config for family, depth, fields, _ in TRIALS.values()
@@ -661,13 +669,16 @@ def judge_chart(
     chart:pd.DataFrame, # from `decision_chart`
     tried:pd.DataFrame, # from `merge_runs`, of the runs of `trial_plan`
 ) -> pd.DataFrame:
-    """A row per network of `TRIALS`: advised (an arm), its mean test accuracy, those of ReLU and of the best
-    arm, best, and right: whether the advised arm is at most half a point below the best."""
-    advice, rows = chart.set_index('network')['use'], []
+    """A row per network of `TRIALS`: advised (an arm), best (the arm that does best on held-out images), lead,
+    low, high (of the best over the advised one, points of test accuracy) and found: 'wrong' if the
+    interval lies above half a point, 'right' if below, else 'undecided'; 'no advice' where there is none."""
+    advice, held, rows = chart.set_index('network')['use'], best_rates(tried), []
     for network, (family, depth, _, row) in TRIALS.items():
-        mean = side_by_side(tried, family)[depth].mean()
-        ours = mean.get(advice[row], math.nan)
-        rows.append(dict(network=network, advised=advice[row], accuracy=ours, relu=mean['relu'],
-                         best=mean.idxmax(), best_accuracy=mean.max(),
-                         right=ours >= mean.max() - _HALF_POINT))
+        here = held[(held['family'] == family) & (held['depth'] == depth)].set_index('arm')['accuracy']
+        best, advised, x, found = here.idxmax(), advice[row], Interval(*[math.nan] * 3), 'no advice'
+        if not pd.isna(advised):
+            x = t_interval(gain(tried, family, [depth], best, advised))
+            found = 'wrong' if x.low > _HALF_POINT else 'right' if x.high < _HALF_POINT else 'undecided'
+        rows.append(dict(network=network, advised=advised, best=best, lead=100 * x.mean, low=100 * x.low,
+                         high=100 * x.high, found=found))
     return pd.DataFrame(rows)

@@ -314,8 +314,8 @@ def explain_mark(
     sign, words = _MARKS[_find_worst(verdicts)]
     found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
-    return (f'{sign} means {words}. It judges the two promises that have a size: at the last epoch, against '
-            'the rival and in the setting that suit the paper best, '
+    return (f'{sign} means {words}. It judges the two promises that have a size, in validation, at the last '
+            'epoch, in the paper’s best case among its four rivals and our settings: '
             f'“20 % decrease in loss value” {loss}, “5 % increase in accuracy score” {accuracy}.')
 
 def marks_by(
