@@ -25,7 +25,7 @@ N_ARMS = {'mlp': 12, 'deep_cnn': 12, 'rnn': 10}  # recurrent: tanh, no batch nor
 
 def stored(configs, accuracy, status=lambda config: 'finished'):
     "Results as a sweep stores them, with the accuracy that a function gives each run."
-    made = dict(commit='9042898', made_at='2026-11-26 12:00:00', seconds=1.0, torch='2', processor='a')
+    made = dict(commit='d22e768', made_at='2026-11-26 12:00:00', seconds=1.0, torch='2', processor='a')
     runs = pd.DataFrame([{**asdict(each), 'key': each.key, 'status': status(each), **made}
                          for each in configs])
     epochs = [dict(key=config.key, epoch=epoch, split=split, loss=1.0, accuracy=accuracy(config) * epoch / 2)

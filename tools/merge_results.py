@@ -31,7 +31,7 @@ from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, wri
 ROOT = Path(__file__).parents[1]
 NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
 CRITERIA = '507e505'  # the commit of the claims and their criteria, before the first run
-DEPTH_CRITERIA = '9042898'  # and that of the statements about depth, also before any of their runs
+DEPTH_CRITERIA = 'd22e768'  # and that of the statements about depth, also before any of their runs
 FIELDS = ('place', 'theme', 'needs', 'quantity', 'quote', 'reading', 'criterion', 'threshold_from', 'varies')
 MENDED = {  # judges whose code has changed in meaning since that commit; the last alone can decide more
     ('smooth', 'unit_smooth', 'default_unsmooth'):

@@ -669,8 +669,8 @@ def judge_chart(
     chart:pd.DataFrame, # from `decision_chart`
     tried:pd.DataFrame, # from `merge_runs`, of the runs of `trial_plan`
 ) -> pd.DataFrame:
-    """A row per network of `TRIALS`: advised (an arm), best (the arm that does best on held-out images), lead,
-    low, high (of the best over the advised one, points of test accuracy) and found: 'wrong' if the
+    """A row per network of `TRIALS`: advised (an arm), best (the arm that does best on held-out images),
+    lead, low, high (of the best over the advised one, points of test accuracy) and found: 'wrong' if the
     interval lies above half a point, 'right' if below, else 'undecided'; 'no advice' where there is none."""
     advice, held, rows = chart.set_index('network')['use'], best_rates(tried), []
     for network, (family, depth, _, row) in TRIALS.items():
