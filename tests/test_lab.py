@@ -66,9 +66,6 @@ def test_a_notebook_restarts_and_runs_from_top_to_bottom(name, lab, browser):
         page.goto(redirect[0].as_uri())
     else: page.goto(f'{url}lab/tree/{name}?reset')  # without the tabs of the last one
     page.locator('.jp-MarkdownOutput h1').first.wait_for()
-    page.get_by_role('menuitem', name='Run', exact=True).click()
-    page.get_by_role('menuitem', name='Restart Kernel and Run All Cells').click()
-    page.locator('.jp-Dialog button.jp-mod-accept').click()
     # urlopen keeps the proxies of its first call, which may be another test's.
     opener = build_opener(ProxyHandler({}))
     def ask(what): return json.load(opener.open(f'{url}api/{what}'))
@@ -78,6 +75,14 @@ def test_a_notebook_restarts_and_runs_from_top_to_bottom(name, lab, browser):
             page.wait_for_timeout(1000)
             seen += [each['kernel']['execution_state'] for each in ask('sessions') if each['path'] == name]
         return seen == 3 * ['idle']
+    def choose(menu, item):
+        page.get_by_role('menuitem', name=menu, exact=True).click()
+        page.get_by_role('menuitem', name=item).first.click()
+    # In two steps: what is sent to a kernel that JupyterLab is still connecting to can get lost in the server.
+    choose('Kernel', 'Restart Kernel…')
+    page.locator('.jp-Dialog button.jp-mod-accept').click()
+    wait_for(idle, 600)
+    choose('Run', 'Run All Cells')
     def cells():
         page.keyboard.press('Control+s')
         page.wait_for_timeout(1000)
