@@ -78,7 +78,7 @@ def test_a_notebook_restarts_and_runs_from_top_to_bottom(name, lab, browser):
     def choose(menu, item):
         page.get_by_role('menuitem', name=menu, exact=True).click()
         page.get_by_role('menuitem', name=item).first.click()
-    # In two steps: what is sent to a kernel that JupyterLab is still connecting to can get lost in the server.
+    # In two steps: what is sent to a kernel JupyterLab is still connecting to can get lost in the server.
     choose('Kernel', 'Restart Kernel…')
     page.locator('.jp-Dialog button.jp-mod-accept').click()
     wait_for(idle, 600)
