@@ -354,8 +354,10 @@ def provenance(
     epochs, where, torch = (', '.join(map(str, sorted(set(runs[name].dropna()))))
                             for name in ('epochs', 'processor', 'torch'))
     images = 'a small sample of' if runs['sample'].all() else 'all of'
-    return (f'{len(runs)} runs of {epochs} epochs on {images} {names}, together {spent} of one core, on '
-            f'{where} with torch {torch}.')
+    lost = (runs['status'] != 'finished').sum()
+    early = f' ({lost} diverged and ended early)' if lost else ''
+    return (f'{len(runs)} runs of {epochs} epochs{early} on {images} {names}, together {spent} of one '
+            f'core, on {where} with torch {torch}.')
 
 _NAMES = {**{arm: each.label for arm, each in ARM_STYLE.items()}, **DATASET_LABELS}
 _NAME = re.compile(rf"\b({'|'.join(sorted(_NAMES, key=len, reverse=True))})\b")
