@@ -33,7 +33,7 @@ setup(
     package_data={'wib_nbdev': ['py.typed', '*.ini', 'sample/*', 'templates/*', 'results/README.md',
                                 'results/runs.csv', 'results/verdicts.csv', 'results/robustness.csv',
                                 'results/epochs.parquet', 'results/correct.parquet',
-                                'results/depth.parquet', 'results/pace.csv']},
+                                'results/depth.parquet', 'results/depth_trial.parquet', 'results/pace.csv']},
     include_package_data=False,
     install_requires=facts['requirements'].split(),
     extras_require=extras,

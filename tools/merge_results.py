@@ -5,6 +5,7 @@
     python tools/merge_results.py publish    # results_next/, once complete, into the package, with verdicts
     python tools/merge_results.py judge      # judge the results in the package again, as after a new claim
     python tools/merge_results.py depth      # the runs of the depth experiment (hours), into the package
+    python tools/merge_results.py merge-depth  # what is finished of them, into depth_next/
 """
 import argparse
 import hashlib
@@ -30,6 +31,7 @@ from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, wri
 
 ROOT = Path(__file__).parents[1]
 NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
+DEPTH_NEXT = ROOT / 'depth_next'  # finished runs of the depth experiment, until all are there
 CRITERIA = '507e505'  # the commit of the claims and their criteria, before the first run
 DEPTH_CRITERIA = 'd22e768'  # and that of the statements about depth, also before any of their runs
 FIELDS = ('place', 'theme', 'needs', 'quantity', 'quote', 'reading', 'criterion', 'threshold_from', 'varies')
@@ -231,7 +233,7 @@ def write_verdicts(results: Results) -> None:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge', 'depth'))
+    parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge', 'depth', 'merge-depth'))
     parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper',
                         help='folder with one file per run')
     parser.add_argument('--root', type=Path, default=None,
@@ -243,8 +245,15 @@ def main() -> None:
     edited = git('status', '--porcelain', '--', 'wib_nbdev', ':!wib_nbdev/results')
     if options.step in ('run', 'depth') and edited:
         sys.exit('wib_nbdev/ was edited: commit first, because runs record the commit that made them')
+    store = options.store.parent
+    if options.step == 'merge-depth':
+        results = load_results(store / 'depth')
+        check_provenance(set(results.runs['commit']), DEPTH_CRITERIA)
+        write_results(results, DEPTH_NEXT)
+        return print(f'{len(results.runs)} runs are in {DEPTH_NEXT.relative_to(ROOT)}')
     if options.step == 'depth':
-        how, store = dict(n_jobs=options.jobs, root=options.root), options.store.parent
+        how = dict(n_jobs=options.jobs, root=options.root)
+        if DEPTH_NEXT.exists(): restore_runs(DEPTH_NEXT, store / 'depth')
         try:
             results = run_depth_plan(store / 'depth', **how)
             tried = run_depth_plan(store / 'depth_trial', trial_plan(), **how)
