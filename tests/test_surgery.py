@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from networks import NETWORKS, measure
 from torch import nn
 from torch.nn.functional import relu as rectify
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from wib_nbdev import surgery
@@ -127,6 +129,14 @@ class Methods(Net):
     def __decode(self, z): return self.b(z).relu()
     def forward(self, x): return self.finish(self.__decode(self.encode(x)))
     def finish(self, x): return x
+
+
+class Unrolls(nn.Module):
+    units = 2
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.RNN(5, 5, 2, nonlinearity='relu')
+    def forward(self, x): return self.rnn(x)[0]
 
 
 class Inherited(Methods):
@@ -273,7 +283,8 @@ def pickled(model): return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, copy.copy, pickled])
-@pytest.mark.parametrize('kind', [Shared, InPlace, Inherited, Decorated], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize('kind', [Shared, InPlace, Inherited, Decorated, Unrolls],
+                         ids=lambda kind: kind.__name__)
 def test_a_swapped_network_is_copied_and_saved(kind, duplicate):
     model, x = nn.Sequential(kind()), randn(7, 5)
     swap_activations(model)
@@ -300,7 +311,8 @@ def test_a_changed_source_is_an_error_when_unpickled():
         blank(kind, (sites[0]._replace(text='F.relu(y)'), *sites[1:]))
 
 
-@pytest.mark.parametrize('kind', [Spelled, Shared, InPlace, Inherited], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize('kind', [Spelled, Shared, InPlace, Inherited],
+                         ids=lambda kind: kind.__name__)
 def test_compile_and_export_give_the_same_and_a_script_is_refused(kind):
     model, x = nn.Sequential(kind()), randn(7, 5)
     swap_activations(model)
@@ -312,6 +324,41 @@ def test_compile_and_export_give_the_same_and_a_script_is_refused(kind):
     with warnings.catch_warnings(), pytest.raises(OSError, match="Can't get source"):
         warnings.simplefilter('ignore')
         torch.jit.script(model)  # whose source would be that of before
+
+
+def flat(result): return [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+
+
+@pytest.mark.parametrize('old', [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize('options', [
+    {}, dict(num_layers=2, bidirectional=True), dict(num_layers=2, bias=False),
+    dict(bidirectional=True, batch_first=True)], ids=str)
+def test_an_unrolled_rnn_is_the_same_function(options, old):
+    "Of a batch, one sequence, and packed sequences of several lengths; with and without a hidden state."
+    torch.manual_seed(0)
+    plain = nn.RNN(5, 4, nonlinearity=surgery._NAMES[old], **options)
+    model = copy.deepcopy(plain)
+    report = swap_activations(model, old, old)
+    width = options.get('num_layers', 1) * (1 + options.get('bidirectional', False))
+    assert len(report) == width
+    n = 7 if 'batch_first' in options else 3
+    packed = pack_sequence([randn(length, 5) for length in (3, 6, 2, 6)], enforce_sorted=False)
+    for x, shape in ((randn(7, 3, 5), (width, n, 4)), (randn(7, 5), (width, 4)), (packed, (width, 4, 4))):
+        for args in ([x], [x, randn(*shape)]):
+            for got, expected in zip(flat(model(*args)), flat(plain(*args)), strict=True):
+                torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match='Expected hidden size'): model(randn(7, 3, 5), randn(9, 3, 4))
+    assert not swap_activations(model, old, nn.SiLU)['name'].duplicated().any()  # its units, once each
+
+
+def test_a_cell_is_unrolled_and_its_parameters_stay():
+    plain = nn.RNNCell(5, 4, nonlinearity='relu')
+    model = copy.deepcopy(plain)
+    before = [*model.parameters()]
+    swap_activations(model, new=nn.ReLU)
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+    for args in ([randn(3, 5)], [randn(3, 5), randn(3, 4)], [randn(5)], [randn(5), randn(4)]):
+        torch.testing.assert_close(model(*args), plain(*args))
 
 
 # What cannot be swapped is a row: when it is swapped, or when a batch runs through
@@ -395,8 +442,11 @@ class Longer(nn.Sequential):
 class Recurrent(Left):
     def __init__(self):
         super().__init__()
-        self.rnn = nn.RNN(5, 5, nonlinearity='relu')
+        self.rnn = OwnRNN(5, 5, nonlinearity='relu')
     def run(self, x): return self.rnn(x)[0]
+
+
+class OwnRNN(nn.RNN): pass
 
 
 class Special(nn.ReLU): pass

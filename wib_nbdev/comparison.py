@@ -208,4 +208,8 @@ def figure_rates(
             name = 'Adam' if optimizer == 'adam' else f'SGD, momentum {momentum:g}' if momentum else 'SGD'
             if (part := groups.get((dataset, optimizer, momentum))) is not None: plot_rates(part, ax)
             ax.set_title(f'{DATASET_LABELS[dataset]}: {name}')
+        part = values[values['dataset'] == dataset]
+        means = part.groupby(['arm', 'optimizer', 'momentum', 'lr'])['value'].mean()
+        margin = 0.05 * np.ptp(means.dropna()) or 0.05
+        ax.set_ylim(means.min() - margin, means.max() + margin)  # a wide interval may be cut
     return figure
