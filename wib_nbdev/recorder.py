@@ -343,6 +343,7 @@ def _draw_lines(frame: pd.DataFrame, column: str, ax: Axes, layers: Sequence[str
         ax.plot(part['iteration'], part[column], color=colour, linewidth=width, label=layer)
         finite = part[np.isfinite(part[column])]
         if len(finite): ends[layer] = (*finite[['iteration', column]].iloc[-1], colour)
+    ax.locator_params(axis='x', integer=True)
     label_ends(ax, ends)
     return ax
 

@@ -320,9 +320,8 @@ def explain_mark(
     sign, words = _MARKS[_find_worst(verdicts)]
     found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
-    return (f'{sign} means {words}. It is the worse verdict on the two promises that have a size: “20 % '
-            f'decrease in loss value” {loss}, “5 % increase in accuracy score” {accuracy}. Judged in '
-            'validation, at the last epoch, with whichever rival (of four) and setting '
+    return (f'{sign} means {words}: “20 % decrease in loss value” {loss}, “5 % increase in accuracy score” '
+            f'{accuracy}, in validation at the last epoch, with whichever rival (of four) and setting '
             f"({', '.join(SETTINGS)}) suits the paper best.")
 
 def marks_by(

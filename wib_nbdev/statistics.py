@@ -431,7 +431,7 @@ COVERS = {  # what an interval or a probability covers, and what it leaves out
     'posterior': 'The probability assumes these runs, normal differences and a flat prior; it leaves out '
                  'what the interval over seeds leaves out.',
     'speed': 'The interval covers the choice of seeds; it leaves out how the target, or the fastest setting, '
-             'was chosen. Of seconds it covers the scatter of the timing too, on one machine.',
+             'was chosen. Intervals of seconds cover the scatter of the timing too, on one machine.',
 }
 
 def probability_in_words(p:float) -> str:
