@@ -311,8 +311,7 @@ def test_a_changed_source_is_an_error_when_unpickled():
         blank(kind, (sites[0]._replace(text='F.relu(y)'), *sites[1:]))
 
 
-@pytest.mark.parametrize('kind', [Spelled, Shared, InPlace, Inherited],
-                         ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize('kind', [Spelled, Shared, InPlace, Inherited], ids=lambda kind: kind.__name__)
 def test_compile_and_export_give_the_same_and_a_script_is_refused(kind):
     model, x = nn.Sequential(kind()), randn(7, 5)
     swap_activations(model)
@@ -349,6 +348,21 @@ def test_an_unrolled_rnn_is_the_same_function(options, old):
                 torch.testing.assert_close(got, expected)
     with pytest.raises(RuntimeError, match='Expected hidden size'): model(randn(7, 3, 5), randn(9, 3, 4))
     assert not swap_activations(model, old, nn.SiLU)['name'].duplicated().any()  # its units, once each
+
+
+def test_an_rnn_whose_weight_is_computed_is_unrolled_too():
+    "Its parameters have other names."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the older way is deprecated
+        model = nn.utils.weight_norm(nn.RNN(5, 4, nonlinearity='relu'), 'weight_ih_l0')
+    x, report = randn(7, 3, 5), swap_activations(model, new=nn.ReLU)
+    assert report['name'].tolist() == ['act_l0'] and 'weight_ih_l0_g' in dict(model.named_parameters())
+    hidden, expected = torch.zeros(3, 4), []
+    for step in x:
+        own = nnf.linear(step, model.weight_ih_l0, model.bias_ih_l0)
+        hidden = (own + nnf.linear(hidden, model.weight_hh_l0, model.bias_hh_l0)).relu()
+        expected.append(hidden)
+    torch.testing.assert_close(model(x)[0], torch.stack(expected))
 
 
 def test_a_cell_is_unrolled_and_its_parameters_stay():

@@ -19,6 +19,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,8 +221,7 @@ def relu_accuracy(
 def elsewhere(
     results:Results, # from `sweep.load_results`
 ) -> str:
-    """What `headline` says in the plan's other settings where that is better, or worse, for WIB-ReLU, and the
-    change of accuracy with each at its own best optimizer and rate, at each run's best epoch."""
+    "What `headline` says in the plan's other settings where that is better, or worse, for WIB-ReLU."
     main, said = main_setting(results), []
     here = _say_quantities(against_relu(results))
     for name, fields in SETTINGS.items():
@@ -230,10 +230,6 @@ def elsewhere(
         other = ['WIB-ReLU ' * (quantity != 'loss') + text
                  for quantity, (text, sign) in _say_quantities(table).items() if sign != here[quantity][1]]
         if other: said.append(f"With {name}, {' and '.join(other)}.")
-    table = pd.DataFrame(_own_rate(Evidence(results, main, at='best')), columns=_COLUMNS)
-    if table['n'].min() >= MIN_PAIRS:
-        said.append('With each at its own best optimiser and rate, and at the best epoch of each run (which '
-                    f"the test images choose), the accuracy changes by {_changes(table, 'own rate')}.")
     return ' '.join(said)
 
 # %% ../nbs/lib/report.ipynb #1ba55432
@@ -322,7 +318,7 @@ def explain_mark(
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
     return (f'{sign} means {words}: “20 % decrease in loss value” {loss}, “5 % increase in accuracy score” '
             f'{accuracy}, in validation at the last epoch, with whichever rival (of four) and setting '
-            f"({', '.join(SETTINGS)}) suits the paper best.")
+            '(of those that were run) suits the paper best.')
 
 def marks_by(
     worlds:pd.DataFrame, # from `robustness`
@@ -668,7 +664,11 @@ def _describe_trust(evidence: Evidence, table: pd.DataFrame, claims: list[dict[s
               'A world is one combination of choices that others might make: thresholds halved or doubled, '
               'another reading of Eq. 8, the best epochs in place of the last, another setting, another '
               'definition of “nearly zero”.')
-    return [ran, pairs, *[worlds] * bool(counts), *[WORTH] * bool(evidence.setting.get('sample'))]
+    own = pd.DataFrame(_own_rate(replace(evidence, at='best')), columns=_COLUMNS)
+    best = ('With each at its own best optimiser and rate, and at the best epoch of each run (which the test '
+            f"images choose), the accuracy changes by {_changes(own, 'own rate')}.")
+    return [ran, pairs, *[best] * bool(own['n'].min() >= MIN_PAIRS), *[worlds] * bool(counts),
+            *[WORTH] * bool(evidence.setting.get('sample'))]
 
 # %% ../nbs/lib/report.ipynb #54f3cf6f
 def judge_main(

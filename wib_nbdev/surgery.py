@@ -306,10 +306,13 @@ def _plan_children(name: str, part: nn.Module, old: type[nn.Module], functions: 
         rows.append(_make_row(f'{name}.{key}', functions[value], 'was in an attribute', place=(part, key)))
     is_cell = isinstance(part, (nn.RNN, nn.RNNCell)) and not isinstance(part, tuple(_UNROLLED.values()))
     if is_cell and part.nonlinearity == _NAMES.get(old):
-        label, keys = f'{type(part).__name__}, {part.nonlinearity}', list(part._parameters)
+        label, keys = f'{type(part).__name__}, {part.nonlinearity}', ['act']
+        if isinstance(part, nn.RNN):
+            sides = ('', '_reverse')[:1 + part.bidirectional]
+            keys = [f'act_l{layer}{side}' for layer in range(part.num_layers) for side in sides]
         if type(part) not in _UNROLLED: rows.append(_make_row(name, label, _FUSED))
         else: rows += [_make_row(f'{name}.{key}', label, 'was fused: runs more slowly', place=(part, key))
-                       for key in (each.replace('weight_ih', 'act') for each in keys) if 'act' in key]
+                       for key in keys]
     return rows
 
 def _code_names(fn: Any) -> set[str]:
