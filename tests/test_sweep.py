@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from waiting import wait_for
 
@@ -402,6 +403,15 @@ def test_merged_results_go_there_and_back(tmp_path, undisturbed, one_run):
     assert_same(run(CONFIGS, folders[2]), sweep.load_results(folders[0]))
     assert times_of(folders[2]) == before, 'nothing was computed again'
     with pytest.raises(sweep.SweepError, match='merged results'): run(CONFIGS, folders[0])
+
+
+def test_a_run_in_two_pieces_of_a_merged_file_is_restored(tmp_path, undisturbed):
+    "pandas reads a file of more than 131,072 rows, or of several row groups, as columns in pieces."
+    sweep.write_results(undisturbed, tmp_path)
+    steps = pq.read_table(tmp_path / 'steps.parquet')
+    pq.write_table(steps, tmp_path / 'steps.parquet', row_group_size=3)
+    assert sweep.restore_runs(tmp_path, tmp_path / 'store') == len(CONFIGS)
+    assert_same(sweep.load_results(tmp_path / 'store'), sweep.load_results(tmp_path))
 
 
 @pytest.mark.parametrize('how', ['cut', 'empty', 'missing', 'fewer', 'edited'])

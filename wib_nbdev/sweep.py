@@ -158,7 +158,7 @@ def _write_run(results: Results, path: Path) -> None:
     "One run as one row."
     row = {}
     for name, frame in results._asdict().items():
-        records = pa.RecordBatch.from_pandas(frame, preserve_index=False).to_struct_array()
+        records = pa.Table.from_pandas(frame, preserve_index=False).to_struct_array().combine_chunks()
         row[name] = pa.ListArray.from_arrays([0, len(frame)], records)
     with atomic_write(path) as file:
         pq.write_table(pa.table(row), file, compression='zstd', write_page_checksum=True)
