@@ -573,12 +573,12 @@ def plot_depth_accuracy(
     arms:Sequence[str]=SHOWN, # names in `DEPTH_ARMS`
     ax:Axes | None=None, # axes to draw on; new ones if None
 ) -> Axes:
-    "Test accuracy over depth, each arm at its own best rate: mean over seeds, a band of its 95 % interval."
+    "Test accuracy (%) over depth, each arm at its own best rate: mean and 95 % interval over seeds."
     wide = side_by_side(runs, family)
     ax = new_axes(ax, title=FAMILIES[family].label, xlabel='steps' if family == 'rnn' else 'hidden layers')
     for arm in [arm for arm in arms if arm in wide.columns.get_level_values('arm')]:
         part = wide.xs(arm, axis=1, level='arm').sort_index(axis=1)
-        ends = pd.DataFrame({n: t_interval(x.dropna()) for n, x in part.items()}, Interval._fields).T
+        ends = pd.DataFrame({n: t_interval(100 * x.dropna()) for n, x in part.items()}, Interval._fields).T
         ax.plot(ends.index, ends['mean'], color=colour(arm), marker=marker(arm), label=label(arm))
         ax.fill_between(ends.index, ends['low'], ends['high'], color=colour(arm), **BAND)
     ax.set_xscale('log', base=2)
@@ -593,8 +593,9 @@ def figure_depth(
     families = [family for family in FAMILIES if family in set(runs['family'])]
     figure, axes = panels(1, len(families), panel_size=(4.4, 3.2))
     for ax, family in zip(axes[0], families, strict=True): plot_depth_accuracy(runs, family, arms, ax)
-    axes[0, 0].set_ylabel('test accuracy')
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center', frameon=False)
+    axes[0, 0].set_ylabel('test accuracy (%)')
+    lines = {line.get_label(): line for ax in axes[0] for line in ax.lines}  # not all arms are in each family
+    figure.legend(lines.values(), lines, loc='outside right center', frameon=False)
     return figure
 
 def plot_effect(
