@@ -51,6 +51,14 @@ def torchvision(name: str, family: str = '', **options: Any) -> nn.Module:
     return getattr(place, name)(weights=None, **options)
 
 
+def retinanet(**options: Any) -> nn.Module:
+    """Untrained, all of its boxes have nearly the same score: which come first, and so the output, would be
+    decided by the rounding of the processor."""
+    model = torchvision('retinanet_resnet50_fpn', 'detection', **options)
+    with torch.no_grad(): model.head.classification_head.cls_logits.weight.mul_(100)
+    return model
+
+
 def timm(name: str) -> nn.Module:
     import timm
     return timm.create_model(name, pretrained=False)
@@ -80,11 +88,12 @@ for _old, _sides in _BY_ACTIVATION.items():
 
 # Three detectors: two stages, one stage with feature pyramids, and a VGG without normalisation.
 _SMALL = dict(min_size=96, max_size=128)
-for _name, _options in dict(fasterrcnn_resnet50_fpn=dict(box_score_thresh=0.0, **_SMALL), ssd300_vgg16=dict(
-        score_thresh=0.0), retinanet_resnet50_fpn=dict(score_thresh=0.0, **_SMALL)).items():
-    NETWORKS[_name] = Network(
-        'torchvision', partial(torchvision, _name, 'detection', weights_backbone=None, **_options), nn.ReLU,
-        partial(image_list, 96))
+_faster_rcnn = partial(torchvision, 'fasterrcnn_resnet50_fpn', 'detection', box_score_thresh=0.0, **_SMALL)
+_ssd = partial(torchvision, 'ssd300_vgg16', 'detection', score_thresh=0.0)
+for _name, _make in dict(fasterrcnn_resnet50_fpn=_faster_rcnn, ssd300_vgg16=_ssd, retinanet_resnet50_fpn=partial(
+        retinanet, score_thresh=0.0, **_SMALL)).items():
+    NETWORKS[_name] = Network('torchvision', partial(_make, weights_backbone=None), nn.ReLU,
+                              partial(image_list, 96))
 
 # Two for segmentation.
 for _name in ('fcn_resnet50', 'deeplabv3_mobilenet_v3_large'):
