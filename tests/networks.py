@@ -52,8 +52,8 @@ def torchvision(name: str, family: str = '', **options: Any) -> nn.Module:
 
 
 def retinanet(**options: Any) -> nn.Module:
-    """Untrained, all of its boxes have nearly the same score: which come first, and so the output, would be
-    decided by the rounding of the processor."""
+    """Untrained, all of its boxes have nearly the same score: the rounding of the processor would decide
+    which come first, and so the output. Hence larger weights, and few boxes."""
     model = torchvision('retinanet_resnet50_fpn', 'detection', **options)
     with torch.no_grad(): model.head.classification_head.cls_logits.weight.mul_(100)
     return model
@@ -89,9 +89,11 @@ for _old, _sides in _BY_ACTIVATION.items():
 # Three detectors: two stages, one stage with feature pyramids, and a VGG without normalisation.
 _SMALL = dict(min_size=96, max_size=128)
 _faster_rcnn = partial(torchvision, 'fasterrcnn_resnet50_fpn', 'detection', box_score_thresh=0.0, **_SMALL)
-_ssd = partial(torchvision, 'ssd300_vgg16', 'detection', score_thresh=0.0)
-for _name, _make in dict(fasterrcnn_resnet50_fpn=_faster_rcnn, ssd300_vgg16=_ssd, retinanet_resnet50_fpn=partial(
-        retinanet, score_thresh=0.0, **_SMALL)).items():
+_ssd = partial(torchvision, 'ssd300_vgg16', 'detection', score_thresh=0.0, topk_candidates=1,
+               detections_per_img=10)  # few boxes, for the same reason
+_retinanet = partial(retinanet, score_thresh=0.0, topk_candidates=10, **_SMALL)
+for _name, _make in dict(fasterrcnn_resnet50_fpn=_faster_rcnn, ssd300_vgg16=_ssd,
+                         retinanet_resnet50_fpn=_retinanet).items():
     NETWORKS[_name] = Network('torchvision', partial(_make, weights_backbone=None), nn.ReLU,
                               partial(image_list, 96))
 
