@@ -148,6 +148,13 @@ def test_runs_at_chance_are_counted():
     assert counts.sum().sum() == 21
 
 
+def test_the_legend_names_each_arm_of_any_family_and_accuracies_are_in_percent():
+    figure = depth.figure_depth(synthetic(lambda family, n, arm: 0.7), ['relu', 'relu_batch_norm', 'tanh'])
+    drawn = {line.get_label() for ax in figure.axes for line in ax.lines}
+    assert {text.get_text() for text in figure.legends[0].texts} == drawn and len(drawn) == 3
+    assert all(abs(y - 70) < 1 for ax in figure.axes for line in ax.lines for y in line.get_ydata())
+
+
 def test_second_moments_are_equal_where_the_plan_says_so():
     "Of the factorial design two layers match, thirty-two do not; rescaled layers do, and recurrent networks."
     arms = (*FACTORIALS['calibrated'], *depth.EQUAL['mlp']['same second moment'])
