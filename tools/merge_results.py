@@ -24,7 +24,7 @@ import pandas as pd
 from first_round import compare, first_round
 
 from wib_nbdev.claims import CLAIMS, judge, robustness
-from wib_nbdev.depth import DEPTH_TEXTS, merge_runs, run_depth_plan, trial_plan
+from wib_nbdev.depth import DEPTH_TEXTS, load_runs, merge_runs, run_depth_plan, trial_plan
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.report import as_markdown
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
@@ -195,6 +195,35 @@ wall time while others ran on the machine: not a benchmark.
 - `curves.csv`: the learning curves in one table, for other programs: a row per run and epoch, with its arm,
   its setting, `step` (updates so far), losses (nats) and accuracies (shares). Not in the wheel.
 - `verdicts.csv`, `robustness.csv`: what `wib_nbdev.claims` says of these files.
+- `depth*.parquet`: see below.
+
+{depth_readme()}'''
+
+
+def depth_readme() -> str:
+    "The section about the depth experiment; empty until its runs are there."
+    if not (PACKAGE / 'depth.parquet').exists(): return ''
+    names = {'depth.parquet': 'chapter 9', 'depth_trial.parquet': "the trial of chapter 9's chart"}
+    runs = pd.concat(load_runs(PACKAGE / name).drop_duplicates('key').assign(runs_of=what)
+                     for name, what in names.items())
+    runs['commit'] = runs['commit'].map({short: git('rev-parse', short) for short in set(runs['commit'])})
+    made = runs.groupby(['runs_of', 'processor', 'torch', 'commit']).agg(
+        runs=('key', 'size'), hours=('seconds', lambda seconds: f'{seconds.sum() / 3600:.1f}'),
+        first=('made_at', 'min'), last=('made_at', 'max'))
+    return f'''## The depth experiment
+
+Where does a zero mean pay (chapter 9)? The plan and its statements are in `nbs/lib/depth.ipynb` and
+`wib_nbdev/depth.ini`. The statements were committed as
+{git('log', '-1', '--format=%H of %ci', DEPTH_CRITERIA)};
+every run was made by a later commit. Statements whose text was changed or added since:
+{', '.join(changed_depth_claims()) or 'none'}. Hours are those of one thread.
+
+{as_markdown(made.reset_index())}
+
+- `depth.parquet`, `depth_trial.parquet`: key, family, depth, arm, seed, optimizer, lr, chosen (at the best
+  rate), split (`holdout` chose the rates), loss (nats) and accuracy (share) of the last epoch, empty if the
+  run diverged; seconds, versions.
+- `depth_epochs.parquet`: key, epoch, split, loss (nats), accuracy (share), seconds. Not in the wheel.
 '''
 
 

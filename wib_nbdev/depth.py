@@ -441,9 +441,11 @@ def _is_above(x:Interval, bound:float, room:float=0.0) -> Test:
     return False if near(x, bound, room) else above(x, bound)
 
 def _describe_gain(name:str, x:Interval) -> str:
-    "A gain with its interval, in points of accuracy or percent of a loss."
-    unit = '% of the loss' if 'loss' in name else 'points'
-    return f'{name}: {100 * x.mean:+.2f} {unit} ({100 * x.low:+.2f} to {100 * x.high:+.2f})'
+    "A gain with its interval in points of accuracy, or the change of a loss in percent (less is better)."
+    if 'loss' in name:
+        change, low, high = (100 * math.expm1(-end) for end in (x.mean, x.high, x.low))
+        return f'{name}: {change:+.1f} % ({low:+.1f} to {high:+.1f})'
+    return f'{name}: {100 * x.mean:+.2f} points ({100 * x.low:+.2f} to {100 * x.high:+.2f})'
 
 def _describe_mean(name:str, x:Interval, each:dict[int, Interval]) -> str:
     "A gain of a zero mean, and what it is at each depth."
@@ -565,7 +567,7 @@ def judge_depth(
 
 # %% ../nbs/lib/depth.ipynb #07ed632a
 SHOWN = ('relu', 'relu_shrunk', 'wib_relu', 'wib_relu_calibrated', 'wib_relu_centred_calibrated', 'elu',
-         'relu_batch_norm', 'tanh')
+         'selu', 'relu_batch_norm', 'tanh')
 
 def plot_depth_accuracy(
     runs:pd.DataFrame, # from `merge_runs`

@@ -317,8 +317,8 @@ def explain_mark(
     found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
     return (f'{sign} means {words}: “20 % decrease in loss value” {loss}, “5 % increase in accuracy score” '
-            f'{accuracy}, in validation at the last epoch, with whichever rival (of four) and setting '
-            '(of those that were run) suits the paper best.')
+            f'{accuracy}, in validation at the last epoch, even with the rival (of four) and the common '
+            'setting that suit the paper best.')
 
 def marks_by(
     worlds:pd.DataFrame, # from `robustness`
