@@ -261,7 +261,21 @@ def test_theory_of_another_gain_follows_from_homogeneity():
 
 def test_the_criteria_are_those_committed_before_the_runs(history):
     import merge_results
+    runs = pd.concat([depth.load_runs(), depth.load_runs(trial=True)])
     assert merge_results.changed_depth_claims() == []
+    merge_results.check_provenance(set(runs['commit']), merge_results.DEPTH_CRITERIA)
+
+
+@pytest.mark.parametrize('trial', [False, True])
+def test_the_committed_runs_are_those_of_the_plan(trial):
+    runs, plan = depth.load_runs(trial=trial), depth.trial_plan() if trial else depth.depth_plan()
+    chose = runs[runs['split'] == 'holdout']
+    assert set(chose['key']) == {config.key for config in plan}
+    best = depth.best_rates(runs)
+    compared = {(*cell, seed) for cell in zip(best.family, best.depth, best.arm, best.lr, strict=True)
+                for seed in SEEDS}
+    test = runs[runs['split'] == 'test']
+    assert set(zip(test.family, test.depth, test.arm, test.lr, test.seed, strict=True)) == compared
 
 
 def test_the_chart_advises_another_arm_only_beyond_half_a_point():
