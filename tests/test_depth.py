@@ -1,5 +1,6 @@
 """The depth experiment: its plan, how rates are chosen and runs paired, and every verdict."""
 import math
+import re
 import sys
 from dataclasses import asdict
 from itertools import product
@@ -200,6 +201,8 @@ def test_every_verdict_of_the_others_can_come():
     loss = lambda family, n, arm: 0.8 if arm == 'wib_relu_centred_calibrated' else 1.0
     names = ['elu', 'bipolar_rnn', 'bipolar_cnn', 'normalisation', 'future_rnn']
     assert verdicts(deep, loss)[names].eq('holds').all()
+    why = depth.judge_depth(synthetic(deep, loss)).set_index('id')['why']['bipolar_rnn']
+    assert re.search(r'training loss, 28 steps: -(19|20)\.\d %', why), why
     same = verdicts(lambda *_: 0.5)[names]
     assert same.pop('normalisation') == 'holds' and same.eq('does not hold').all()
     worse = verdicts(lambda family, n, arm: 0.5 - 0.05 * (arm in good), loss)
@@ -276,6 +279,15 @@ def test_the_committed_runs_are_those_of_the_plan(trial):
                 for seed in SEEDS}
     test = runs[runs['split'] == 'test']
     assert set(zip(test.family, test.depth, test.arm, test.lr, test.seed, strict=True)) == compared
+
+
+def test_the_committed_signals_are_those_of_the_networks():
+    cells, arms = [('mlp', 8), ('rnn', 7)], ['relu', 'wib_relu_centred_calibrated']
+    said, order = depth.load_signals(), ['family', 'depth', 'arm', 'seed']
+    now = depth.initial_signals(cells, arms, SEEDS[:2]).set_index(order).sort_index()
+    pd.testing.assert_frame_equal(said.set_index(order).loc[now.index], now, atol=1e-3)
+    assert said.groupby(order[:3])['seed'].nunique().eq(len(SEEDS)).all()
+    assert set(said['arm']) == {*depth.THEORIES, *depth.EQUAL['mlp']['same second moment']}
 
 
 def test_the_chart_advises_another_arm_only_beyond_half_a_point():

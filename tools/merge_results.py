@@ -5,7 +5,6 @@
     python tools/merge_results.py publish    # results_next/, once complete, into the package, with verdicts
     python tools/merge_results.py judge      # judge the results in the package again, as after a new claim
     python tools/merge_results.py depth      # the runs of the depth experiment (hours), into the package
-    python tools/merge_results.py merge-depth  # what is finished of them, into depth_next/
 """
 import argparse
 import hashlib
@@ -24,14 +23,23 @@ import pandas as pd
 from first_round import compare, first_round
 
 from wib_nbdev.claims import CLAIMS, judge, robustness
-from wib_nbdev.depth import DEPTH_TEXTS, load_runs, merge_runs, run_depth_plan, trial_plan
+from wib_nbdev.depth import (
+    DEPTH_TEXTS,
+    EQUAL,
+    SEEDS,
+    THEORIES,
+    initial_signals,
+    load_runs,
+    merge_runs,
+    run_depth_plan,
+    trial_plan,
+)
 from wib_nbdev.plan import ARMS, best_rate_plan, edge_plan, full_plan, run_plan, with_arms
 from wib_nbdev.report import as_markdown
 from wib_nbdev.sweep import Results, SweepError, load_results, restore_runs, write_results
 
 ROOT = Path(__file__).parents[1]
 NEXT, PACKAGE = ROOT / 'results_next', ROOT / 'wib_nbdev' / 'results'
-DEPTH_NEXT = ROOT / 'depth_next'  # finished runs of the depth experiment, until all are there
 CRITERIA = '507e505'  # the commit of the claims and their criteria, before the first run
 DEPTH_CRITERIA = 'd22e768'  # and that of the statements about depth, also before any of their runs
 FIELDS = ('place', 'theme', 'needs', 'quantity', 'quote', 'reading', 'criterion', 'threshold_from', 'varies')
@@ -201,8 +209,7 @@ wall time while others ran on the machine: not a benchmark.
 
 
 def depth_readme() -> str:
-    "The section about the depth experiment; empty until its runs are there."
-    if not (PACKAGE / 'depth.parquet').exists(): return ''
+    "The section about the depth experiment."
     names = {'depth.parquet': 'chapter 9', 'depth_trial.parquet': "the trial of chapter 9's chart"}
     runs = pd.concat(load_runs(PACKAGE / name).drop_duplicates('key').assign(runs_of=what)
                      for name, what in names.items())
@@ -216,13 +223,15 @@ Where does a zero mean pay (chapter 9)? The plan and its statements are in `nbs/
 `wib_nbdev/depth.ini`. The statements were committed as
 {git('log', '-1', '--format=%H of %ci', DEPTH_CRITERIA)};
 every run was made by a later commit. Statements whose text was changed or added since:
-{', '.join(changed_depth_claims()) or 'none'}. Hours are those of one thread.
+{', '.join(changed_depth_claims()) or 'none'}. Hours are those of one thread while others
+ran on the machine.
 
 {as_markdown(made.reset_index())}
 
 - `depth.parquet`, `depth_trial.parquet`: key, family, depth, arm, seed, optimizer, lr, chosen (at the best
   rate), split (`holdout` chose the rates), loss (nats) and accuracy (share) of the last epoch, empty if the
   run diverged; seconds, versions.
+- `depth_signals.parquet`: what `initial_signals` measured of the networks before training.
 - `depth_epochs.parquet`: key, epoch, split, loss (nats), accuracy (share), seconds. Not in the wheel.
 '''
 
@@ -262,7 +271,7 @@ def write_verdicts(results: Results) -> None:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge', 'depth', 'merge-depth'))
+    parser.add_argument('step', choices=('run', 'merge', 'publish', 'judge', 'depth'))
     parser.add_argument('--store', type=Path, default=ROOT / 'runs' / 'paper',
                         help='folder with one file per run')
     parser.add_argument('--root', type=Path, default=None,
@@ -274,15 +283,8 @@ def main() -> None:
     edited = git('status', '--porcelain', '--', 'wib_nbdev', ':!wib_nbdev/results')
     if options.step in ('run', 'depth') and edited:
         sys.exit('wib_nbdev/ was edited: commit first, because runs record the commit that made them')
-    store = options.store.parent
-    if options.step == 'merge-depth':
-        results = load_results(store / 'depth')
-        check_provenance(set(results.runs['commit']), DEPTH_CRITERIA)
-        write_results(results, DEPTH_NEXT)
-        return print(f'{len(results.runs)} runs are in {DEPTH_NEXT.relative_to(ROOT)}')
     if options.step == 'depth':
-        how = dict(n_jobs=options.jobs, root=options.root)
-        if DEPTH_NEXT.exists(): restore_runs(DEPTH_NEXT, store / 'depth')
+        store, how = options.store.parent, dict(n_jobs=options.jobs, root=options.root)
         try:
             results = run_depth_plan(store / 'depth', **how)
             tried = run_depth_plan(store / 'depth_trial', trial_plan(), **how)
@@ -290,7 +292,9 @@ def main() -> None:
         check_provenance({*results.runs['commit'], *tried.runs['commit']}, DEPTH_CRITERIA)
         merge_runs(results).to_parquet(PACKAGE / 'depth.parquet', index=False)
         merge_runs(tried).to_parquet(PACKAGE / 'depth_trial.parquet', index=False)
-        return results.epochs.to_parquet(PACKAGE / 'depth_epochs.parquet', index=False)
+        results.epochs.to_parquet(PACKAGE / 'depth_epochs.parquet', index=False)
+        before = initial_signals(arms=[*THEORIES, *EQUAL['mlp']['same second moment']], seeds=SEEDS)
+        return before.to_parquet(PACKAGE / 'depth_signals.parquet', index=False)
     if options.step == 'run':
         if (NEXT / 'runs.csv').exists():
             print(f'{restore_runs(NEXT, options.store)} merged runs put into {options.store}')

@@ -7,10 +7,10 @@ __all__ = ['ELU_GAIN', 'SHRUNK_GAIN', 'DEPTH_ARMS', 'FACTORIALS', 'EQUAL', 'YARD
            'RATE_SEEDS', 'SEEDS', 'N_TRAIN', 'CHANCE', 'ZERO_MEAN', 'THEORIES', 'Found', 'DEPTH_TEXTS', 'SHOWN',
            'CHART', 'TRIALS', 'Family', 'is_planned', 'depth_plan', 'best_rates', 'merge_runs', 'depth_best_plan',
            'run_depth_plan', 'load_runs', 'side_by_side', 'effects', 'gain_by_depth', 'gain', 'compare_means',
-           'count_at_chance', 'initial_signals', 'Theory', 'predict_arm', 'signals', 'decided_pairs', 'fit_predictor',
-           'hit_rates', 'rank_leads', 'Condition', 'judge_elu', 'judge_bipolar_rnn', 'judge_bipolar_cnn',
-           'judge_normalisation', 'judge_future_rnn', 'judge_predictor', 'judge_depth', 'plot_depth_accuracy',
-           'figure_depth', 'plot_effect', 'decision_chart', 'trial_plan', 'judge_chart']
+           'count_at_chance', 'initial_signals', 'load_signals', 'Theory', 'predict_arm', 'signals', 'decided_pairs',
+           'fit_predictor', 'hit_rates', 'rank_leads', 'Condition', 'judge_elu', 'judge_bipolar_rnn',
+           'judge_bipolar_cnn', 'judge_normalisation', 'judge_future_rnn', 'judge_predictor', 'judge_depth',
+           'plot_depth_accuracy', 'figure_depth', 'plot_effect', 'decision_chart', 'trial_plan', 'judge_chart']
 
 # %% ../nbs/lib/depth.ipynb #c1fadbce
 import io
@@ -323,6 +323,11 @@ def initial_signals(
                      energies.mean().log10().item(), energies.median().log10().item(),
                      math.log10(max(slope, 1e-5)), first - last))
     return pd.DataFrame(rows, columns=[*_CELL, 'seed', 'moment', 'typical', 'contrast', 'gradient'])
+
+def load_signals() -> pd.DataFrame:
+    "The committed frame of `initial_signals`: the arms of `THEORIES` and the rescaled ones, all of `SEEDS`."
+    file = resources.files('wib_nbdev') / 'results' / 'depth_signals.parquet'
+    return pd.read_parquet(io.BytesIO(file.read_bytes()))
 
 # %% ../nbs/lib/depth.ipynb #da33ef7d
 _HALF_POINT = ROPE['accuracy']
