@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test test-all cuda results lab docs bench check readme dist clean
+.PHONY: help reproduce test test-all cuda results depth lab docs bench check readme dist clean
 
 PYTHON ?= python3
 OLDEST := 3.10
@@ -43,6 +43,10 @@ cuda: $(BENCH)  ## on a machine with a CUDA device: its tests, its notebook cell
 results: $(PINNED)  ## run what the full reproduction lacks (hours; resumes), and merge it
 	@$(BIN)/python -m wib_nbdev data --download > /dev/null
 	@$(BIN)/python tools/merge_results.py run
+
+depth: $(PINNED)  ## run chapter 9's experiment again (15 hours of one core; resumes), and merge it
+	@$(BIN)/python -m wib_nbdev data --download > /dev/null
+	@$(BIN)/python tools/merge_results.py depth
 
 lab: $(DEV)  ## open JupyterLab on the notebooks
 	@$(BIN)/python -m jupyterlab nbs/index.ipynb

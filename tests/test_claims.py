@@ -256,6 +256,13 @@ def test_too_few_pairs_are_not_judged(paper_world):
     assert verdicts['why'].str.contains('3 pairs of seeds, 8 needed').all()
 
 
+@pytest.mark.parametrize('names', [['conv1'], ['conv1', 'conv2'], list(c.CONVOLUTIONS)])
+def test_records_without_some_layers_are_not_judged(paper_world, names):
+    some_layers = paper_world._replace(layers=paper_world.layers[paper_world.layers['layer'].isin(names)])
+    found = c.judge(some_layers, claims=some('default_start', 'default_variance', 'fig10'))
+    assert set(found['verdict']) == {'cannot be tested'} and found['why'].str.contains('recorded layer').all()
+
+
 def test_a_missing_rival_is_named(paper_world):
     without = only(paper_world, lambda runs: runs['activation'] != 'prelu')
     verdicts = c.judge(without, claims=some('fig12', 'fig13_elu')).set_index('id')

@@ -1,5 +1,6 @@
 """The command line: exit codes, what goes to stdout and to stderr, and what is left behind."""
 import json
+import math
 import os
 import re
 import shutil
@@ -58,6 +59,7 @@ def test_help_teaches_by_examples_that_parse(run):
     ('sweep --out x --vary actvation=relu', "did you mean 'activation'?"),
     ('sweep --out x --vary lr=0.1,-1', 'lr=-1: must be a finite number above 0'),
     ('sweep --out x --vary lr=1 --vary lr=2', 'lr is there twice'),
+    ('sweep --out x --vary lr=.5,-.5', 'lr=-0.5: must be a finite number above 0'),
     ('reproduce --jobs 0', 'jobs=0: must be an integer of at least 1'),
     ('verify --runs 0', 'runs=0: must be'),
     ('report --out=', 'a value must not be empty'),
@@ -108,6 +110,15 @@ def test_a_sweep_is_sorted_by_what_varies_and_goes_on(swept, run):
     assert code == 0 and rows == [(0, 'relu'), (0, 'wib_relu'), (1, 'relu'), (1, 'wib_relu')]
     assert '4 are there already' in err
     assert {path: path.stat().st_mtime_ns for path in swept.glob('*.parquet')} == before
+
+
+def test_a_sweep_shows_the_last_epoch_of_a_run_that_diverged(run, tmp_path):
+    words = '--vary activation=wib_relu lr=.2 --optimizer sgd --sample --epochs 4 --batch-size 50 --jobs 1'
+    out = run('sweep', *words.split(), '--no-progress', '--json', '--out', tmp_path)[1]
+    (row,) = [row for row in json.loads(out) if row['status'] == 'diverged'][:1]
+    last = load_results(tmp_path).epochs.query("key == @row['key'] and split == 'train'").iloc[-1]
+    assert not math.isfinite(last['loss']) and row['train_loss'] is None
+    assert row['train_accuracy'] == pytest.approx(last['accuracy'])
 
 
 def test_a_sweep_with_a_failed_run_ends_with_1(run, tmp_path):
@@ -209,7 +220,8 @@ def test_diagnose_centres_each_unit(model, run, tmp_path, monkeypatch):
 
 def test_diagnose_says_what_is_wrong_with_a_network(run):
     for model, message in {'resnet17': "did you mean 'resnet1", 'no_module:f': "No module named 'no_module'",
-                           'torch:no_function': "no attribute 'no_function'"}.items():
+                           'torch:no_function': "no attribute 'no_function'",
+                           'os:getcwd': 'must return an nn.Module, not'}.items():
         code, out, err = run('diagnose', '--model', model)
         assert (code, out, err.count('\n')) == (1, '', 1) and message in err
 

@@ -208,6 +208,12 @@ def test_missing_files_are_listed_with_what_to_do(small, tmp_path, monkeypatch):
     assert status.tolist() == ['whole'] * 5 + ['missing']
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f'not complete in {tmp_path}/data'):
+        data.load('cifar10', root='~/data', download=False)
+
+
 def test_no_network_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv('WIB_MIRROR', 'http://127.0.0.1:9')  # nobody listens there
     monkeypatch.setenv('no_proxy', '127.0.0.1')

@@ -221,9 +221,17 @@ def test_two_set_ups_are_not_more_seeds(results, call):
     (lambda r: s.select(r, learning_rate=1), "field='learning_rate'"),
     (lambda r: s.run_values(r, 'first'), "at='first'"),
     (lambda r: s.kind_of('accuracy'), "metric='accuracy'"),
-    (lambda r: s.epochs_to_loss(r, {'cifar10': 0}), 'targets=0')])
+    (lambda r: s.epochs_to_loss(r, {'cifar10': 0}), 'targets=0'),
+    (lambda r: s.speed_differences(r, targets={'cifar': 1.0}), "targets='cifar'.* did you mean 'cifar10'")])
 def test_errors_name_the_argument(results, call, message):
     with pytest.raises(ValueError, match=message): call(results)
+
+
+def test_one_rival_and_a_range_of_seeds_are_meant_as_written(results):
+    few = s.select(results, seed=range(2))
+    assert set(few.runs['seed']) == {0, 1} == set(s.select(results, seed=np.arange(2)).runs['seed'])
+    for call in (s.paired_differences, s.speed_differences, s.at_equal_loss):
+        assert call(results, rivals='elu').equals(call(results, rivals=['elu'])), call
 
 
 def test_momentum_is_part_of_a_setting():

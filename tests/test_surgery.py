@@ -442,6 +442,20 @@ class Mode(Left):
     def run(self, x): return nnf.relu(x, inplace=self.training) + x
 
 
+class Part(Left):
+    "In place on a part of a tensor, whose result nobody takes."
+    def run(self, x):
+        nnf.relu_(x[:, :2])
+        return x
+
+
+class Kept(Left):
+    def run(self, x):
+        self.kept = x + 1
+        nnf.relu(self.kept, inplace=True)
+        return self.kept
+
+
 class OverChildren(Left):
     def each(self, x):
         for child in list(self.children())[:1]: x = child(x)
@@ -515,6 +529,8 @@ LEFT = dict(
     static=(Static, 'is called outside of a module', 'return x.relu()'),
     unknown=(Knows, 'shows if it is in place', 'Knows.run'),
     mode=(Mode, 'shows if it is in place', 'Mode.run'),
+    part=(Part, 'changes a part in place: write x[:, :2] = ...', 'Part.run'),
+    attribute=(Kept, 'changes a part in place: write self.kept = ...', 'Kept.run'),
     children=(OverChildren, 'runs over its children', 'nnf.relu(self.each(x))'),
     container=(lambda: wrapped(Longer(nn.Linear(5, 5))), 'runs over its children', 'nnf.relu(x)'),
     source=(lambda: wrapped(with_no_source['NoSource']()), 'forward has no source', 'by exec: NoSource'),
@@ -878,6 +894,18 @@ FOLDS = dict(
     bias_read=(lambda self, x: self.act(self.a(x)) + self.a.bias, 'a parameter of a is read elsewhere too'),
     unit_twice=(lambda self, x: self.act(self.a(self.act(x))), 'is called 2 times'),
     returned=(lambda self, x: (lambda z: (self.act(z), z))(self.a(x)), 'by the output of the model'))
+
+
+@pytest.mark.parametrize('unit', [WIBReLU(torch.ones(8)), nn.BatchNorm1d(8), nn.BatchNorm1d(8).eval()])
+def test_a_look_does_not_disturb_a_backward_pass_to_come(unit):
+    model, x = nn.Sequential(nn.Linear(5, 8), unit, WIBReLU(), nn.Linear(8, 2)), randn(9, 5)
+    def gradients(look):
+        model.zero_grad()
+        loss = model(x).square().sum()
+        if look: diagnose(model, x)
+        loss.backward()
+        return [each.grad for each in model.parameters()]
+    for one, other in zip(gradients(False), gradients(True), strict=True): assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize('run, expected', FOLDS.values(), ids=FOLDS)

@@ -11,7 +11,6 @@ __all__ = ['VERDICTS', 'THEMES', 'DATASETS', 'CONVOLUTIONS', 'READINGS', 'NEAR',
 
 # %% ../nbs/lib/claims.ipynb #92c50609
 import math
-from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from configparser import ConfigParser
 from dataclasses import dataclass, field, replace
@@ -339,8 +338,8 @@ class Evidence:
         if column not in self.results.layers: raise MissingRuns(f'{arm} on {dataset}, recorded with {column}')
         records, tracks = self._records(), {}
         for seed, key in zip(runs['seed'], runs['key'], strict=True):
-            if key not in records.index: continue
-            rows = records.loc[key]
+            rows = records.loc[[key] if key in records.index else []]
+            if rows['layer'].nunique() < len(LAYERS): continue  # not recorded, or without some layers
             values, n = rows[column].to_numpy().reshape(-1, len(LAYERS)), len(LAYERS)
             tracks[seed] = pd.DataFrame(values, rows['iteration'].to_numpy()[::n], list(LAYERS))
         if len(tracks) < 2: raise MissingRuns(f'{arm} on {dataset}, two runs recorded layer by layer')
@@ -376,13 +375,10 @@ class Evidence:
         "The `averages` on each data set."
         return [self.averages(arm, dataset, column, *span) for dataset in DATASETS]
 
-@cache
-def _row_class(columns: tuple[str, ...]) -> Any: return namedtuple('Row', columns)
-
 def _rows(frame: pd.DataFrame, arm: str = '') -> list[Any]:
     "Rows as named tuples; of `compare_arms` with the arm and the number of pairs."
     if arm: frame = frame.assign(arm=arm, pairs=frame['n'] + frame['diverged'])
-    return list(map(_row_class(tuple(frame))._make, frame.itertuples(index=False, name=None)))
+    return list(frame.itertuples(index=False))
 
 def effect_of(row:Any) -> Interval:
     "The effect of a row."

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib import import_module, metadata
@@ -72,8 +73,10 @@ class Train:
 # %% ../nbs/lib/cli.ipynb #5dd6dbe4
 def _value(text: str) -> Any:
     "A number, true, false or null as JSON has them (or Python), else the text."
-    try: return json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text))
-    except json.JSONDecodeError: return text
+    word = {'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text)
+    for read in (json.loads, float):
+        with suppress(ValueError): return read(word)
+    return text
 
 def _axes(
     vary:Sequence[str], # such as 'lr=0.001,0.01'
@@ -144,8 +147,8 @@ class Sweep:
         from wib_nbdev.sweep import run_sweep
         self.workers.prepare(self.configs, self.out)
         results = self.workers.call(run_sweep, self.configs, self.out, record=self.record)
-        last = results.epochs.sort_values('epoch').groupby(['key', 'split'])[['loss', 'accuracy']].last()
-        wide = last.unstack('split')
+        last = results.epochs.sort_values('epoch').groupby(['key', 'split']).tail(1)
+        wide = last.pivot(index='key', columns='split', values=['loss', 'accuracy'])
         wide.columns = [f'{split}_{metric}' for metric, split in wide.columns]
         table = results.runs[[*self.axes, 'status', 'seconds', 'key']].sort_values([*self.axes])
         _show(table.merge(wide.reset_index(), on='key'), self.json)
@@ -335,7 +338,10 @@ class Diagnose:
         from wib_nbdev.models import plain_cnn
         torch.manual_seed(self.seed)
         if self.model == 'plain_cnn': return plain_cnn(3)
-        if ':' in self.model: return self.find_own()()
+        if ':' in self.model:
+            made = self.find_own()()
+            if isinstance(made, torch.nn.Module): return made
+            raise ValueError(f'model={self.model!r}: must return an nn.Module, not {made!r:.60}')
         one_of(self.model, ['plain_cnn', *models.list_models(models)], 'model')
         return models.get_model(self.model, weights=None).eval()
 

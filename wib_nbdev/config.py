@@ -143,6 +143,8 @@ class TrainConfig:
             raise ValueError(f'compensate_bias=True with activation={self.activation!r}: '
                              "the control is a network of plain 'relu'")
         if self.shift is not None and not self.compensate_bias: check_shifted(self.activation, self.shift)
+        if self.calibrate and self.shift is not None:
+            raise ValueError(f'calibrate=True with shift={self.shift}: calibration sets the shifts itself')
         if self.calibrate and self.activation not in SHIFTED:
             raise ValueError(f'calibrate=True with activation={self.activation!r}: must come with '
                              f"{', '.join(SHIFTED)}")

@@ -192,7 +192,7 @@ def _choose_layout(name:str, root:Path) -> _Layout:
 
 def _root(root:str | Path | None) -> Path:
     "The folder that a caller means: the argument, else the environment's WIB_DATA, else ./data."
-    return Path(root or os.environ.get('WIB_DATA') or 'data')
+    return Path(root or os.environ.get('WIB_DATA') or 'data').expanduser()
 
 def _address(layout:_Layout, package:str) -> str:
     "The URL of a package. A mirror has the packed files at their paths in a data folder."

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ELU_GAIN', 'SHRUNK_GAIN', 'DEPTH_ARMS', 'FACTORIALS', 'EQUAL', 'YARDSTICKS', 'FAMILIES', 'CELLS', 'RATES',
            'RATE_SEEDS', 'SEEDS', 'N_TRAIN', 'CHANCE', 'ZERO_MEAN', 'THEORIES', 'Found', 'DEPTH_TEXTS', 'SHOWN',
-           'CHART', 'TRIALS', 'Family', 'is_planned', 'depth_plan', 'best_rates', 'merge_runs', 'depth_best_plan',
-           'run_depth_plan', 'load_runs', 'side_by_side', 'effects', 'gain_by_depth', 'gain', 'compare_means',
-           'count_at_chance', 'initial_signals', 'load_signals', 'Theory', 'predict_arm', 'signals', 'decided_pairs',
-           'fit_predictor', 'hit_rates', 'rank_leads', 'Condition', 'judge_elu', 'judge_bipolar_rnn',
-           'judge_bipolar_cnn', 'judge_normalisation', 'judge_future_rnn', 'judge_predictor', 'judge_depth',
-           'plot_depth_accuracy', 'figure_depth', 'plot_effect', 'decision_chart', 'trial_plan', 'judge_chart']
+           'CHART', 'TRIALS', 'Family', 'depth_plan', 'best_rates', 'merge_runs', 'depth_best_plan', 'run_depth_plan',
+           'load_runs', 'side_by_side', 'effects', 'gain_by_depth', 'gain', 'compare_means', 'count_at_chance',
+           'initial_signals', 'load_signals', 'Theory', 'predict_arm', 'signals', 'decided_pairs', 'fit_predictor',
+           'hit_rates', 'rank_leads', 'Condition', 'judge_elu', 'judge_bipolar_rnn', 'judge_bipolar_cnn',
+           'judge_normalisation', 'judge_future_rnn', 'judge_predictor', 'judge_depth', 'plot_depth_accuracy',
+           'figure_depth', 'plot_effect', 'decision_chart', 'trial_plan', 'judge_chart']
 
 # %% ../nbs/lib/depth.ipynb #c1fadbce
 import io
@@ -93,13 +93,6 @@ RATES = (0.0001, 0.0004, 0.0016, 0.0064)  # of Adam
 RATE_SEEDS, SEEDS = range(3), range(10, 20)  # those that choose the rate, those that are compared
 N_TRAIN = 10_000  # training images
 
-def is_planned(
-    family:str, # a name in `FAMILIES`
-    arm:str, # a name in `DEPTH_ARMS`
-) -> bool:
-    "Whether an arm is run: tanh in recurrent networks, batch norm and rescaled layers in the others."
-    return arm != 'tanh' if family != 'rnn' else arm not in (*_RESCALED, 'relu_batch_norm')
-
 def depth_plan(
     cells:Iterable[tuple[str, int]]=CELLS, # (family, depth)
     arms:Collection[str]=tuple(DEPTH_ARMS), # names in `DEPTH_ARMS`
@@ -111,7 +104,7 @@ def depth_plan(
     return [TrainConfig(**{'network': family, 'depth': depth, 'lr': rate, 'seed': seed, 'valid': 'holdout',
                            'n_train': N_TRAIN, **FAMILIES[family].fields, **DEPTH_ARMS[arm], **changes})
             for seed, (family, depth), arm, rate in product(seeds, list(cells), arms, rates)
-            if is_planned(family, arm)]
+            if arm not in (('relu_batch_norm', *_RESCALED) if family == 'rnn' else ('tanh',))]
 
 # %% ../nbs/lib/depth.ipynb #8cf16908
 CHANCE = {'accuracy': 0.1, 'loss': math.log(10)}  # what a run that diverged counts as: ten classes, a guess

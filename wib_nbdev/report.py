@@ -42,7 +42,7 @@ from wib_nbdev.claims import (
 from .comparison import figure_12, figure_13, figure_forest, figure_rates, figure_speed
 from .initializers import SCHEMES, figure_3b
 from .mean_shift import figure_4
-from .models import figure_6
+from .models import LAYERS, figure_6
 from .plan import MAIN, PAPER_ARMS, SETTINGS
 from wib_nbdev.statistics import (
     CLAIMED, COVERS, METRICS, MIN_PAIRS, ROPE, committed_pace, common_loss, effect_in_words, final_table,
@@ -484,7 +484,8 @@ def _layers(arm: str, **options: Any) -> Inputs:
     def inputs(evidence: Evidence) -> dict[str, Any]:
         main, runs = select(evidence.main, arm=arm), {}
         layers = main.layers if options.get('definition', 'mean') in main.layers else main.layers[:0]
-        recorded = main.runs[main.runs['key'].isin(layers['key'])].sort_values('seed')
+        whole = layers[layers['layer'].isin(LAYERS)].groupby('key')['layer'].nunique() == len(LAYERS)
+        recorded = main.runs[main.runs['key'].isin(whole.index[whole])].sort_values('seed')
         for dataset, key in recorded.groupby('dataset')['key'].first().sort_index(ascending=False).items():
             runs[DATASET_LABELS[dataset]] = layers[layers['key'] == key]
         if not runs: raise MissingRuns(f'runs of {label(arm)} that were recorded layer by layer')

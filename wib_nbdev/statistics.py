@@ -16,13 +16,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from .config import TrainConfig, check_number, one_of
+from .config import Dataset, TrainConfig, check_number, one_of
 from .plan import PAPER_ARMS, RIVALS, SETTING, with_arms
 from .style import DATASET_LABELS, label
 from .sweep import Results
@@ -52,7 +52,7 @@ def select(
     keep = np.full(len(runs), True)
     for name, value in fields.items():
         one_of(name, list(runs.columns), 'field')
-        keep &= runs[name].isin(value if isinstance(value, (list, tuple, set)) else [value])
+        keep &= runs[name].isin(list(value) if pd.api.types.is_list_like(value) else [value])
     runs = runs[keep]
     frames = (frame[frame['key'].isin(runs['key'])] if len(frame) else frame for frame in results[1:])
     return type(results)(runs, *frames)
@@ -67,7 +67,7 @@ def check_one_run_each(runs:pd.DataFrame) -> None:
     names = [each.name for each in fields(TrainConfig) if each.name in same]
     differ = [name for name in names if same[name].nunique(dropna=False) > 1] or ['key']
     arm, dataset, seed = twice[which].iloc[0]
-    example = f'select(results, {differ[0]}={same[differ[0]].iloc[0]!r})'
+    example = f'select(results, {differ[0]}={same[differ[0]].tolist()[0]!r})'
     raise ValueError(f'results: {arm} on {dataset} has more than one run at seed {seed}; '
                      f'they differ in {", ".join(differ)}: select one set-up, such as {example}')
 
@@ -223,6 +223,7 @@ def compare_arms(
     """A row per data set (Fashion-MNIST first, as in the paper), metric and rival: lost (seeds that only one
     of the two has), the entries of `compare_pairs`, and p_holm (a family: the rivals in one metric on one
     data set)."""
+    if isinstance(rivals, str): rivals = [rivals]
     there = sorted(set(wide.columns.get_level_values('arm')))
     if arm not in there: raise ValueError(f"arm={arm!r}: has no runs; must be one of {', '.join(there)}")
     rows = []
@@ -293,7 +294,9 @@ def _first_crossing(curves: pd.DataFrame, targets: np.ndarray) -> pd.Series:
 def epochs_to_loss(results:Results, targets:Mapping[str, float]) -> pd.DataFrame:
     """The runs with `epochs`: passes over the training images until the training loss (nats) is at the target
     of the data set, linear between the middles of epochs; NaN if it never is, or if the run diverged."""
-    for target in targets.values(): check_number(target, 'targets', above=0)
+    for dataset, target in targets.items():
+        one_of(dataset, get_args(Dataset), 'targets')
+        check_number(target, 'targets', above=0)
     part = select(results, dataset=list(targets))
     curves = part.epochs[part.epochs['split'] == 'train'].pivot(index='key', columns='epoch', values='loss')
     goal = part.runs.set_index('key')['dataset'].map(targets).reindex(curves.index).to_numpy(dtype=float)
@@ -332,6 +335,7 @@ def speed_differences(
     mean; below 1 the arm is faster), low, high. With `pace` also arm_seconds, rival_seconds and
     seconds_ratio, whose interval covers the scatter of the epochs over seeds and that of the benchmark over
     turns."""
+    if isinstance(rivals, str): rivals = [rivals]
     targets = common_loss(results, (arm, *rivals)) if targets is None else targets
     runs = epochs_to_loss(results, targets)
     check_one_run_each(runs)

@@ -128,7 +128,9 @@ def _find_calls(
     method: str, fn: Any, part: nn.Module, functions: dict[Any, str], old: set[int],
 ) -> list[_Site]:
     "The calls of the activation in a method, in order. `old` has the ids of the children that are replaced."
-    found, names, calls = list[_Site](), _bind_names(fn, part), _list_calls(_parse_method(fn)[1])
+    tree = _parse_method(fn)[1]
+    found, names, calls = list[_Site](), _bind_names(fn, part), _list_calls(tree)
+    statements = [each.value for each in ast.walk(tree) if isinstance(each, ast.Expr)]
     for number, call in enumerate(calls):
         called, text = _look_up(call.func, names), ast.unparse(call.func)
         parameters = getattr(getattr(called, '__code__', None), 'co_varnames', ())
@@ -142,9 +144,11 @@ def _find_calls(
             path, inplace = own, getattr(called, 'inplace', inplace)
         elif is_function: name = functions[called]
         elif not _is_method(call, functions, names): continue
-        if _argument(call) is None: continue
+        if (x := _argument(call)) is None: continue
         if inplace is None: raise ValueError(f'only a run of {ast.unparse(call)} shows if it is in place')
         inplace = inplace or (name.endswith('_') and not path)
+        if inplace and call in statements and not isinstance(x, ast.Name):
+            raise ValueError(f'{ast.unparse(call)} changes a part in place: write {ast.unparse(x)} = ...')
         found.append(_Site(method, number, call.lineno, ast.unparse(call), name, path, inplace))
     return sorted(found, key=lambda each: (each.line, calls[each.number].col_offset))
 
@@ -648,19 +652,20 @@ class _Watch(TorchFunctionMode):
 def _restore_afterwards(model: nn.Module, training: bool = True) -> Iterator[None]:
     """For a pass that only observes: no gradients, dropout off, norms in the model's mode or in evaluation
     mode. Afterwards all modules (but not parameters) and random number generators are restored."""
-    kept = [(part, dict(vars(part)), [(key, each, each.clone()) for key, each in part._buffers.items()
-                                      if each is not None]) for part in model.modules()]
+    kept = [(part, dict(vars(part)), dict(part._buffers)) for part in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == 'cuda'})
     try:
-        for part, *_ in kept: part.training = training and part.training and isinstance(part, _NormBase)
+        for part, _, buffers in kept:
+            part.training = training and part.training and isinstance(part, _NormBase)
+            # Copies: what a backward pass to come has saved must not change.
+            part._buffers.update({key: each.clone() for key, each in buffers.items() if each is not None})
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices): yield
     finally:
         torch.clear_autocast_cache()
         for part, state, buffers in kept:
             vars(part).clear()
             vars(part).update(state)
-            with torch.no_grad():
-                for key, buffer, value in buffers: part._buffers[key] = buffer.copy_(value)
+            part._buffers.update(buffers)
 
 def _run(model: nn.Module, batch: Any) -> Any:
     "The model on a batch: a tensor, a tuple or list of arguments, or a mapping of named ones."

@@ -295,7 +295,8 @@ def _join(found: Sequence[Results]) -> Results:
 
 def results_folder(path:str | Path | None=None) -> Path:
     "The path, else what WIB_RESULTS names, else the results inside the package."
-    return Path(path or os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results'))
+    if path is None: path = os.environ.get('WIB_RESULTS') or str(resources.files('wib_nbdev') / 'results')
+    return Path(path).expanduser()
 
 def load_results(
     path:str | Path | None=None,
@@ -415,6 +416,9 @@ def _read_finished(store: Path, wanted: dict[TrainConfig, Any]) -> dict[TrainCon
 # %% ../nbs/lib/sweep.ipynb #99387dd4
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main one alone
+        yield
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
@@ -477,7 +481,8 @@ def run_sweep(
     cluster : str or distributed.Client, optional
         A Dask scheduler's address, 'tcp://...', or a client of it, in place of local processes.
     record : bool, dict or function
-        As in `train`, or a function from a configuration to that.
+        As in `train`, or a function from a configuration to that. A run that is there and has any records
+        is not recorded again.
     root : path, optional
         The folder of the full data, as the workers see it.
     progress : bool
@@ -501,7 +506,7 @@ def run_sweep(
     """
     if not str(out): raise ValueError("out='': must name a folder")
     if not configs: raise ValueError('configs: must hold a configuration')
-    store, root = Path(out), None if root is None else str(Path(root).absolute())
+    store, root = Path(out).expanduser(), None if root is None else str(Path(root).expanduser().absolute())
     if (store / 'runs.csv').exists(): raise SweepError(f'{store} holds merged results: use another folder')
     wanted = {config: record(config) if callable(record) else record for config in configs}
     failed: dict[str, Exception] = {}
