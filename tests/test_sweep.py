@@ -388,6 +388,12 @@ def test_results_of_several_torches_are_not_mixed(tmp_path, undisturbed):
     with pytest.raises(sweep.SweepError, match=r'mixes runs of .*1\.4\.0'): sweep.load_results(tmp_path)
 
 
+def test_runs_of_two_devices_are_named(tmp_path, undisturbed):
+    mixed = undisturbed.runs.assign(ran_on=['cuda', *undisturbed.runs['ran_on'][1:]])
+    sweep.write_results(undisturbed._replace(runs=mixed), tmp_path)
+    with pytest.warns(UserWarning, match='mixes runs on cpu and cuda'): sweep.load_results(tmp_path)
+
+
 # ---- merged results
 
 def test_merged_results_go_there_and_back(tmp_path, undisturbed, one_run):

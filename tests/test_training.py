@@ -142,8 +142,10 @@ def test_evaluation_leaves_the_mode_and_gradients_alone():
     data = load('fashion_mnist', sample=True)
     model = build_model(replace(QUICK, activation='wib_relu_batch'), (1, 28, 28)).train()
     before = {name: each.clone() for name, each in model.state_dict().items()}
+    frozen = model.conv1.eval()
     evaluate(model, Batches(data.x_test, data.y_test, *channel_stats(data.x_train), 64))
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert model.training and model.conv2.training and not frozen.training
+    assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 

@@ -190,6 +190,7 @@ def side_by_side(
 ) -> pd.DataFrame:
     """A row per seed, one column per (depth, arm), at the best rates; a diverged run counts as `CHANCE`, and
     no loss counts as more."""
+    one_of(family, FAMILIES, 'family')
     part = runs[(runs['family'] == family) & (runs['split'] == split) & runs['chosen']]
     wide = part.fillna({metric: CHANCE[metric]}).pivot(index='seed', columns=['depth', 'arm'], values=metric)
     return wide if metric == 'accuracy' else -np.log(wide.clip(upper=CHANCE['loss']))

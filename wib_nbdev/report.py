@@ -254,7 +254,8 @@ WHAT_IS_PROMISED = (
             'On both, the whole interval lies below 0.'),
 )
 VERDICT_RULE = ('*In part*: on one data set the rule is met, or there is a gain, smaller than promised. '
-                '*Does not hold*: on a data set the interval excludes the promise, and no gain is shown. '
+                '*Does not hold*: no data set shows a gain, and on one at least the interval excludes the '
+                'promise. '
                 'Else *undecided*.')
 TOO_SMALL = 'A change whose whole interval lies within 2 % (accuracy: half a point) counts as no change.'
 
@@ -316,9 +317,9 @@ def explain_mark(
     sign, words = _MARKS[_find_worst(verdicts)]
     found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
-    return (f'{sign} means {words}: “20 % decrease in loss value” {loss}, “5 % increase in accuracy score” '
-            f'{accuracy}, in validation at the last epoch, even with the rival (of four) and the common '
-            'setting that suit the paper best.')
+    return (f'{sign} means {words}: in validation at the last epoch “20 % decrease in loss value” {loss} '
+            f'and “5 % increase in accuracy score” {accuracy}, judged against the rival (of the paper’s '
+            'four) and in the setting that suit the paper best.')
 
 def marks_by(
     worlds:pd.DataFrame, # from `robustness`

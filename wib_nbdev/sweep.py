@@ -337,6 +337,10 @@ def load_results(
     versions = results.runs[list(MADE_WITH)].drop_duplicates().to_dict('records')
     if len(versions) > 1:
         raise SweepError(f"{folder} mixes runs of {' and '.join(map(str, versions))}: use a folder for each")
+    places = sorted(results.runs['ran_on'].dropna().unique()) if 'ran_on' in results.runs else []
+    if len(places) > 1:
+        warnings.warn(f"{folder} mixes runs on {' and '.join(places)}: pairs may differ by the device, too",
+                      stacklevel=2)
     return results
 
 def committed_results() -> Results | None:

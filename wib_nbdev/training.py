@@ -195,7 +195,7 @@ def evaluate(
     amp:bool=False, # under bfloat16 autocast
 ) -> Evaluation:
     "Loss and accuracy over all images; the device is read once, at the end."
-    was_training = model.training
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     loss, correct = torch.zeros((), device=batches.y.device), []
     with torch.autocast(batches.y.device.type, torch.bfloat16, enabled=amp):
@@ -203,7 +203,7 @@ def evaluate(
             logits = model(x).float()
             loss += F.cross_entropy(logits, y, reduction='sum')
             correct.append(logits.argmax(1) == y)
-    model.train(was_training)
+    for part, mode in modes.items(): part.training = mode
     right = torch.cat(correct).cpu().numpy()
     return Evaluation(loss.item() / len(right), right.sum().item() / len(right), right)
 
