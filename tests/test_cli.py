@@ -277,8 +277,9 @@ def test_a_reader_that_has_enough_is_no_error():
 @pytest.mark.parametrize('words', ['--version', '--help', 'claims'])
 def test_stdout_that_takes_nothing(words):
     "A reader that is gone, a stream that the shell closed, a full disk."
-    for end, code, said in (('| true; exit ${PIPESTATUS[0]}', 0, ''), ('>&-', 0, ''),
-                            ('>/dev/full', 1, 'wib-nbdev: [Errno 28] No space left on device\n')):
+    ends = [('| true; exit ${PIPESTATUS[0]}', 0, ''), ('>&-', 0, ''),
+            ('>/dev/full', 1, 'wib-nbdev: [Errno 28] No space left on device\n')]
+    for end, code, said in ends[-1:] if words == 'claims' else ends:  # each loads torch
         line = ['bash', '-c', f'{sys.executable} -m wib_nbdev {words} {end}']
         run = subprocess.run(line, capture_output=True, text=True)
         assert (run.returncode, run.stderr, run.stdout) == (code, said, ''), line

@@ -198,6 +198,12 @@ def test_a_moved_or_copied_clone_gets_a_new_environment(bare_clone):
     assert str(moved) in pip_of(moved)
 
 
+def test_the_tests_of_a_file_share_a_process(request):
+    "Else their fixtures are made once in each: minutes."
+    if 'PYTEST_XDIST_WORKER' not in os.environ: pytest.skip('needs workers of pytest-xdist')
+    assert request.node.nodeid.endswith('@test_structure.py')
+
+
 def test_pins_keep_nbdev_working():
     facts = ConfigParser(delimiters=['='])
     facts.read(ROOT / 'settings.ini')

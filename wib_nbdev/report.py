@@ -732,7 +732,7 @@ def write_report(
     "Writes the report, whole or not at all (`OSError`, also for a folder or a device). Returns the path."
     path = Path(path)
     if path.exists() and not path.is_file(): raise OSError(f'{path}: is not a file; name a file to write')
-    page, target = render(results, **options), path.resolve()  # a link stays, what it points to is written
+    target = path.resolve()  # a link stays, what it points to is written
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as file: file.write(page.encode())
+    with atomic_write(target) as file: file.write(render(results, **options).encode())  # opened first
     return path
