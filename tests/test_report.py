@@ -221,7 +221,8 @@ def test_the_first_screen_answers(page, full):
     parsed = Page(page)
     text = ' '.join(parsed.text.split())
     top = report.headline(report.against_relu(full))
-    order = [top, 'What the paper promises', 'How far to trust this', 'on a Tuesday']
+    order = [top, 'What the paper promises', 'in the first row, with Adam 0.002, 20 epochs',
+             'How far to trust this', 'on a Tuesday']
     assert sorted(order, key=text.index) == order and re.search(r'\[¬?Re.*?\] means', text)
     first = page[:page.index('id="claims"')]
     assert first.count('<svg') == 2 and first.index('valid loss') < first.index('valid accuracy')

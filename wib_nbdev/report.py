@@ -318,8 +318,8 @@ def explain_mark(
     found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
     return (f'{sign} means {words}: in validation at the last epoch “20 % decrease in loss value” {loss} '
-            f'and “5 % increase in accuracy score” {accuracy}, judged against the rival (of the paper’s '
-            'four) and in the setting that suit the paper best.')
+            f'and “5 % increase in accuracy score” {accuracy}, with the rival (of four) and the setting that '
+            'suit the paper best.')
 
 def marks_by(
     worlds:pd.DataFrame, # from `robustness`
@@ -698,6 +698,7 @@ def _fill_page(results: Results, judged: pd.DataFrame, full: Results | None) -> 
     setups = results.runs.groupby(list(MAIN)).ngroups if len(results.runs) else 0
     return dict(
         headline=headline(table), elsewhere=elsewhere(best.results), own=headline(own),
+        shown=setting_in_words(best.setting),
         full='' if full is None else headline(against_relu(full)),
         n_full='' if full is None else f'{len(full.runs)} runs',
         mark=explain_mark(pd.DataFrame(claims)),
