@@ -244,10 +244,10 @@ WHAT_IS_PROMISED = (
     Promise('outperforms ReLU', 'own rate', 'outperforms',
             'On both data sets the whole interval lies above 0.'),
     Promise('up to 20 % less loss', 'loss', 'loss',
-            'On both, the whole interval lies below -2 % (less is no gain) and reaches -20 %.'),
+            'On both, the whole interval lies below -2 % (a smaller fall is no gain) and reaches -20 %.'),
     Promise('5 % more accuracy', 'accuracy', 'accuracy',
-            'On both, the whole interval lies above +0.5 points (less is no gain) and reaches +5 points, '
-            'or +5 % of ReLU’s accuracy.'),
+            'On both, the whole interval lies above +0.5 points (a smaller rise is no gain) and reaches +5 '
+            'points, or +5 % of ReLU’s accuracy.'),
     Promise('fast convergence (no size given)', 'epochs', 'speed',
             'On both, the whole interval lies below 0.'),
     Promise('fast by the clock (our addition)', 'seconds', '',
@@ -318,8 +318,8 @@ def explain_mark(
     found = verdicts.set_index('id')['verdict'].replace('undecided', 'is undecided')
     loss, accuracy = (found.get(name, VERDICTS[-1]) for name in PROMISES)
     return (f'{sign} means {words}: in validation at the last epoch “20 % decrease in loss value” {loss} '
-            f'and “5 % increase in accuracy score” {accuracy}, with the rival (of four) and the setting that '
-            'suit the paper best.')
+            f'and “5 % increase in accuracy score” {accuracy}, with the most favourable of four '
+            'rivals, and of the settings that both networks share.')
 
 def marks_by(
     worlds:pd.DataFrame, # from `robustness`
