@@ -40,6 +40,6 @@ def test_bits_of_short_runs():
 
 @pytest.mark.slow
 def test_the_same_bits_on_an_emulated_haswell():
-    "An Intel processor of 2013, the oldest kind that has AVX2: three quarters of an hour."
+    "An Intel processor of 2013, the oldest kind that has AVX2: up to three quarters of an hour."
     if shutil.which('qemu-x86_64') is None: pytest.skip('needs qemu-user')
     assert changed(computed('qemu-x86_64', '-cpu', 'Haswell')) == []
