@@ -113,12 +113,14 @@ def test_a_sweep_is_sorted_by_what_varies_and_goes_on(swept, run):
 
 
 def test_a_sweep_shows_the_last_epoch_of_a_run_that_diverged(run, tmp_path):
-    words = '--vary activation=wib_relu lr=.2 --optimizer sgd --sample --epochs 4 --batch-size 50 --jobs 1'
-    out = run('sweep', *words.split(), '--no-progress', '--json', '--out', tmp_path)[1]
-    (row,) = [row for row in json.loads(out) if row['status'] == 'diverged'][:1]
-    last = load_results(tmp_path).epochs.query("key == @row['key'] and split == 'train'").iloc[-1]
-    assert not math.isfinite(last['loss']) and row['train_loss'] is None
-    assert row['train_accuracy'] == pytest.approx(last['accuracy'])
+    words = '--vary lr=.1,.2,.3 --activation wib_relu --optimizer sgd --sample --epochs 4 --batch-size 50'
+    out = run('sweep', *words.split(), '--jobs', 1, '--no-progress', '--json', '--out', tmp_path)[1]
+    last = load_results(tmp_path).epochs.query("split == 'train'").groupby('key').tail(1).set_index('key')
+    diverged = [row for row in json.loads(out) if row['status'] == 'diverged']
+    assert diverged and max(last['epoch'][row['key']] for row in diverged) > 1
+    for row in diverged:
+        assert row['train_loss'] is None and not math.isfinite(last['loss'][row['key']])
+        assert row['train_accuracy'] == pytest.approx(last['accuracy'][row['key']])
 
 
 def test_a_sweep_with_a_failed_run_ends_with_1(run, tmp_path):

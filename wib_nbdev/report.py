@@ -255,8 +255,7 @@ WHAT_IS_PROMISED = (
 )
 VERDICT_RULE = ('*In part*: on one data set the rule is met, or there is a gain, smaller than promised. '
                 '*Does not hold*: no data set shows a gain, and on one at least the interval excludes the '
-                'promise. '
-                'Else *undecided*.')
+                'promise. Else *undecided*.')
 TOO_SMALL = 'A change whose whole interval lies within 2 % (accuracy: half a point) counts as no change.'
 
 def _check_promise(row: Any) -> tuple[Test, Test]:
